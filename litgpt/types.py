@@ -1,0 +1,5 @@
+"""Names of choices that more than one command offers."""
+
+from typing import Literal
+
+LoggerChoice = Literal["csv", "tensorboard", "wandb", "mlflow", "litlogger"]
