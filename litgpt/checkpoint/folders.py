@@ -1,0 +1,129 @@
+"""What a checkpoint folder is made of, and which one to go on from."""
+
+import re
+import shutil
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+WEIGHTS_NAME = "lit_model.pth"
+CONFIG_FILES = (
+    "config.json", "generation_config.json", "model_config.yaml", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json",
+)  # fmt: skip
+
+_STEP = re.compile(r"step-(\d+)")
+
+
+def find_resume_path(resume: bool | Literal["auto"] | Path, out_dir: Path) -> Path | None:
+    """The weights file to go on from.
+
+    Args:
+        resume: False: none. True: the newest complete `step-*/*.pth` below `out_dir`. "auto": the same, or none if
+            there is none. Otherwise a file, or a folder that holds a checkpoint or step folders.
+        out_dir: Where the run writes.
+
+    Raises:
+        FileNotFoundError: There is nothing to resume from.
+        ValueError: The file named is cut off.
+    """
+    if not resume:
+        return None
+    is_given = not isinstance(resume, bool) and resume != "auto"
+    folder = Path(resume) if is_given else Path(out_dir)
+    if is_given and folder.is_file():
+        if not is_complete(folder):
+            raise ValueError(f"cannot resume from {folder}: it is cut off or no checkpoint; resume from an older one")
+        return folder
+    candidates = step_files(folder)
+    if is_given:
+        candidates = weights_files(folder) or candidates
+    for file in reversed(candidates):
+        if is_complete(file):
+            return file
+        warnings.warn(f"{file} is cut off and is passed over", stacklevel=2)
+    if resume == "auto":
+        return None
+    advice = f"or {WEIGHTS_NAME}" if is_given else "; start without `--resume` or with `--resume auto`"
+    raise FileNotFoundError(f"nothing to resume from: {folder} holds no complete step-*/{WEIGHTS_NAME} {advice}")
+
+
+def find_weights_file(checkpoint_dir: Path | str) -> Path:
+    """The file to start reading weights from: `lit_model.pth`, else an index of safetensors, else the only one."""
+    folder = Path(checkpoint_dir)
+    if (folder / WEIGHTS_NAME).is_file():
+        return folder / WEIGHTS_NAME
+    for pattern in ("model.safetensors.index.json", "*.safetensors.index.json", "model.safetensors", "*.safetensors"):
+        if len(found := sorted(folder.glob(pattern))) == 1:
+            return found[0]
+    raise FileNotFoundError(
+        f"{folder} holds no weights: expected {WEIGHTS_NAME}, one *.safetensors or an index of several"
+    )
+
+
+def step_files(out_dir: Path) -> list[Path]:
+    """The weights files of the step folders in `out_dir`, oldest first."""
+    found = [(int(match[1]), path) for path in out_dir.glob("step-*") if (match := _STEP.fullmatch(path.name))]
+    return [file for _, folder in sorted(found) for file in weights_files(folder)[-1:]]
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """The `.pth` files in `folder`, `lit_model.pth` last."""
+    return sorted(folder.glob("*.pth"), key=lambda file: (file.name == WEIGHTS_NAME, file.name))
+
+
+def is_complete(file: Path) -> bool:
+    """Whether the end of a torch file is there; says nothing about flipped bits."""
+    return zipfile.is_zipfile(file)
+
+
+def copy_config_files(source_dir: Path, out_dir: Path) -> None:
+    """Copy the config and tokenizer files that a checkpoint folder needs beside its weights, where they exist."""
+    for name in CONFIG_FILES:
+        source = Path(source_dir) / name
+        if source.is_file() and source.resolve() != (Path(out_dir) / name).resolve():
+            shutil.copy(source, out_dir)
+
+
+def extend_checkpoint_dir(checkpoint_dir: Path) -> Path:
+    """`checkpoints/NAME` for a relative NAME that exists only there; anything else as it is."""
+    path = Path(checkpoint_dir)
+    if path.is_dir() or path.is_absolute() or path.parts[:1] == ("checkpoints",):
+        return path
+    return extended if (extended := Path("checkpoints") / path).is_dir() else path
+
+
+def check_valid_checkpoint_dir(
+    checkpoint_dir: Path,
+    model_filename: str = WEIGHTS_NAME,
+    verbose: bool = True,
+    raise_error: bool = False,
+    ignore_tokenizer_files: bool = False,
+) -> None:
+    """Check that the folder holds weights, `model_config.yaml` and a tokenizer.
+
+    Raises:
+        FileNotFoundError: With `raise_error`, saying what is missing.
+        SystemExit: Status 1 otherwise; the message goes to stderr if `verbose`.
+    """
+    folder = Path(checkpoint_dir)
+    wanted = {model_filename: [model_filename], "model_config.yaml": ["model_config.yaml"]}
+    if model_filename == WEIGHTS_NAME:
+        wanted[WEIGHTS_NAME].append("*.safetensors")
+    if not ignore_tokenizer_files:
+        wanted["tokenizer.json or tokenizer.model"] = ["tokenizer.json", "tokenizer.model"]
+        wanted["tokenizer_config.json"] = ["tokenizer_config.json"]
+    lacking = [what for what, patterns in wanted.items() if not any(any(folder.glob(name)) for name in patterns)]
+    if folder.is_dir() and not lacking:
+        return
+    reason = f"it lacks {', '.join(lacking)}" if folder.is_dir() else "there is no such folder"
+    local = sorted(str(path.parent) for path in Path("checkpoints").glob("*/*/model_config.yaml"))
+    advice = f"checkpoints at hand: {', '.join(local)}" if local else "`litgpt download` fetches one"
+    message = f"{folder} is no checkpoint folder: {reason}; {advice}"
+    if raise_error:
+        raise FileNotFoundError(message)
+    if verbose:
+        print(message, file=sys.stderr)
+    raise SystemExit(1)
