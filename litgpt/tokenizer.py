@@ -34,6 +34,7 @@ class Tokenizer:
         backend: "huggingface" or "sentencepiece".
         processor: the `tokenizers.Tokenizer` or `sentencepiece.SentencePieceProcessor`.
         bos_id, eos_id: ids of the tokens that begin and end a text; None where there is none.
+        eos_ids: all ids after which the model has ended: `eos_id`, then the others that generation_config.json lists.
         use_bos: whether `encode` adds BOS when it is not told.
         model_name: name of the folder.
         apply_decoding_fix: whether a single token keeps the space in front of it when it is decoded (Llama style).
@@ -62,10 +63,12 @@ class Tokenizer:
                 " `litgpt download REPO_ID --tokenizer_only true` fetches one, `litgpt train_tokenizer` makes one."
             )
         config = _load_config(checkpoint_dir / "tokenizer_config.json")
+        generation_config = _load_config(checkpoint_dir / "generation_config.json")
         if self.backend == "huggingface":
-            generation_config = _load_config(checkpoint_dir / "generation_config.json")
             self.bos_id = self._find_special("bos", config, generation_config)
             self.eos_id = self._find_special("eos", config, generation_config)
+        ends = [self.eos_id, *_id_list(generation_config.get("eos_token_id"))]
+        self.eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
         self.use_bos = self.check_if_bos_token_used(checkpoint_dir)
         self.apply_decoding_fix = "LlamaTokenizer" in str(config.get("tokenizer_class"))
 
@@ -115,10 +118,7 @@ class Tokenizer:
             warnings.warn(
                 f"tokenizer_config.json names {token!r} as {which}_token, but the tokenizer lacks it.", stacklevel=3
             )
-        token_id = generation_config.get(f"{which}_token_id")
-        if isinstance(token_id, list):  # several may end a text; the first is the one to write
-            token_id = token_id[0] if token_id else None
-        return token_id
+        return next(iter(_id_list(generation_config.get(f"{which}_token_id"))), None)
 
     @property
     def vocab_size(self) -> int:
@@ -307,6 +307,11 @@ def _as_list(tokens: torch.Tensor | Sequence[int] | int) -> list[int]:
     if isinstance(tokens, torch.Tensor):
         return tokens.reshape(-1).tolist()
     return [tokens] if isinstance(tokens, int) else [int(i) for i in tokens]
+
+
+def _id_list(value: Any) -> list[int]:
+    """The ids of an entry of generation_config.json, which is one id, several or null."""
+    return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
 
 
 def _byte_of_character() -> dict[str, int]:
