@@ -167,8 +167,8 @@ class Llama2(TemplateStyle):
     system = "[INST] <<SYS>>\n{}\n<</SYS>>\n\n"
     system_message = (
         "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe. "
-        " Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
-        "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+        " Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content."
+        " Please ensure that your responses are socially unbiased and positive in nature.\n\n"
         "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
         "something not correct. If you don't know the answer to a question, please don't share false information."
     )
@@ -453,25 +453,23 @@ def _init_args(style: PromptStyle) -> dict[str, Any]:
     """The arguments that make another such style, as far as it stores them and YAML can hold them."""
     parameters = inspect.signature(type(style)).parameters.values()
     parameters = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    needed = [p.name for p in parameters if p.default is p.empty]
-    untouched = None if needed or not parameters else type(style)()
+    has_defaults = all(p.default is not p.empty for p in parameters)
+    untouched = type(style)() if has_defaults and parameters else None
     init_args = {}
-    for name in (p.name for p in parameters):
-        value = getattr(style, name, None)
-        if name not in needed and (untouched is None or value == getattr(untouched, name, None)):
-            continue
+    for parameter in parameters:
+        name = parameter.name
+        default = getattr(untouched, name, parameter.default)
         try:
-            yaml.safe_dump(value)
-        except yaml.YAMLError:
-            value = None
-        if value is None:
+            value = getattr(style, name)
+            if value != default:
+                yaml.safe_dump(value)
+                init_args[name] = value
+        except (AttributeError, yaml.YAMLError):
             warnings.warn(
-                f"{STYLE_FILE} does not hold the argument {name!r} of {type(style).__name__}: the style must store it as"
+                f"{STYLE_FILE} will lack the argument {name!r} of {type(style).__name__}: a style must store it as"
                 f" self.{name}, and it must be a text, number, list or dictionary.",
                 stacklevel=3,
             )
-        else:
-            init_args[name] = value
     return init_args
 
 
