@@ -1,8 +1,8 @@
 """`Config` describes a model; the table below it names the published ones.
 
 This file needs nothing of ours: copied beside `model.py` into an empty folder it works with torch and pyyaml alone.
-The first part is logic: fields, how they resolve, where a config comes from. The second part is data: family defaults as
-subclasses of `Config` (`LlamaConfig(n_layer=2, n_embd=64)` is a Llama) and one row a size.
+First comes logic: fields, how they resolve, where a config comes from. Then data: family defaults as subclasses of
+`Config` (`LlamaConfig(n_layer=2, n_embd=64)` is a Llama) and one row a size.
 """
 
 import difflib
@@ -12,7 +12,8 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
@@ -24,10 +25,7 @@ except ImportError:  # Python 3.10
 
 @dataclass
 class Config:
-    """Everything that decides the shape and the maths of a model.
-
-    Fields left at `None` are resolved in `__post_init__`; afterwards behaviour depends on fields only, never on the name.
-    """
+    """Everything that decides the shape and the maths of a model; what is left at `None` is resolved on creation."""
 
     model_type: ClassVar[str] = "gpt"
     """Name under which the model was registered; written into `model_config.yaml` when it is not "gpt"."""
@@ -145,9 +143,9 @@ class Config:
     tie_embeddings: bool = False
     """The output head shares its weight with the embedding."""
     norm_unit_offset: bool | None = None
-    """RMSNorm weights are stored minus one; default: true for RMSNorm in models with "Gemma" in the name, as before 0.6."""
+    """RMSNorm weights are stored minus one; default: as in 0.5, whether the name says Gemma."""
     norm_affine: bool | None = None
-    """Norms have a weight; default: false for LayerNorm in models with "OLMo" in the name, as before 0.6."""
+    """Norms have a weight; default: as in 0.5, true but for a LayerNorm where the name says OLMo."""
 
     def __post_init__(self) -> None:
         self.name = self.name or self.hf_config.get("name", "")
@@ -162,9 +160,12 @@ class Config:
         self._check_experts()
 
     def _resolve_sizes(self) -> None:
-        for key in ("block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple", "n_head"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
+        sizes = (
+            "block_size n_layer n_embd vocab_size padding_multiple padded_vocab_size n_head head_size n_query_groups"
+        )
+        for key in (*sizes.split(), "sliding_window_size", "intermediate_size", "moe_intermediate_size"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise ValueError(f"{key} is {value}; it must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.padded_vocab_size is None:
@@ -172,56 +173,43 @@ class Config:
         else:  # ids that have no row in the embedding cannot be used
             self.vocab_size = min(self.vocab_size, self.padded_vocab_size)
         if self.intermediate_size is None:
+            if self.mlp_class_name == "LLaMAMLP" and not self.fills_intermediate_size:
+                raise ValueError("mlp_class_name LLaMAMLP needs intermediate_size; 8/3 of n_embd is usual")
+            self.intermediate_size = 4 * self.n_embd
             if self.mlp_class_name in ("LLaMAMLP", "LLaMAMoE") and self.fills_intermediate_size:
                 self.intermediate_size = find_multiple(8 * self.n_embd // 3, 256 if self.n_embd >= 1024 else 32)
-            elif self.mlp_class_name == "LLaMAMLP":
-                raise ValueError("mlp_class_name LLaMAMLP needs intermediate_size; 8/3 of n_embd is usual")
-            else:
-                self.intermediate_size = 4 * self.n_embd
 
     def _resolve_attention(self) -> None:
         if self.head_size is None:
             if self.n_embd % self.n_head:
-                raise ValueError(
-                    f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}; change one of them or set head_size"
-                )
+                raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}; or set head_size")
             self.head_size = self.n_embd // self.n_head
         if self.n_query_groups is None:
             self.n_query_groups = self.n_head
-        if self.n_query_groups < 1 or self.n_head % self.n_query_groups:
-            raise ValueError(
-                f"n_query_groups is {self.n_query_groups}; it must divide n_head {self.n_head}, 1 = multi-query"
-            )
+        if self.n_head % self.n_query_groups:
+            raise ValueError(f"n_query_groups is {self.n_query_groups}; it must divide n_head {self.n_head}")
         if self.sliding_window_size is not None:
-            if self.sliding_window_size < 1:
-                raise ValueError(f"sliding_window_size is {self.sliding_window_size}; it must be at least 1, or null")
             self.sliding_window_indices = self._layer_flags("sliding_window_indices")
         if self.latent_attention is not None:
-            _check_keys(self.latent_attention, "latent_attention", required=_LATENT_KEYS)
+            _check_keys(self.latent_attention, "latent_attention", _LATENT_KEYS[1:], optional=_LATENT_KEYS[:1])
             if self.n_query_groups != self.n_head:
-                raise ValueError(
-                    f"latent_attention keeps one latent for all heads: n_query_groups {self.n_query_groups} must equal "
-                    f"n_head {self.n_head}, or be left out"
-                )
+                raise ValueError(f"latent_attention needs n_query_groups {self.n_query_groups} = n_head {self.n_head}")
             for key in _LATENT_KEYS:
-                setattr(self, key, self.latent_attention[key])
+                setattr(self, key, self.latent_attention.get(key))
             self.qk_head_dim = self.qk_rope_head_dim + self.qk_nope_head_dim
 
     def _resolve_rope(self) -> None:
         if not 0 <= self.rotary_percentage <= 1:
             raise ValueError(f"rotary_percentage is {self.rotary_percentage}; it must be between 0 and 1")
-        self.rope_n_elem = (
-            self.qk_rope_head_dim if self.latent_attention else int(self.rotary_percentage * self.head_size)
-        )
+        is_latent = self.latent_attention is not None
+        self.rope_n_elem = self.qk_rope_head_dim if is_latent else int(self.rotary_percentage * self.head_size)
         if self.rope_local_base_freq is not None:
             self.rope_indices = self._layer_flags("rope_indices")
         if rope_kind(self.rope_adjustments) == "longrope":
             for key in ("short_factor", "long_factor"):
-                if len(self.rope_adjustments[key]) != self.rope_n_elem // 2:
-                    raise ValueError(
-                        f"rope_adjustments.{key} has {len(self.rope_adjustments[key])} numbers; it needs one for each "
-                        f"rotated pair: {self.rope_n_elem // 2}"
-                    )
+                n, pairs = len(self.rope_adjustments[key]), self.rope_n_elem // 2
+                if n != pairs:
+                    raise ValueError(f"rope_adjustments.{key} has {n} numbers; it needs one a rotated pair: {pairs}")
 
     def _layer_flags(self, key: str) -> list[int]:
         flags = getattr(self, key)
@@ -230,39 +218,23 @@ class Config:
         return check_indicator_and_length(flags, key, self.n_layer)
 
     def _check_experts(self) -> None:
-        dense = self.mlp_class_name in ("GptNeoxMLP", "LLaMAMLP", "GemmaMLP")
-        if dense and self.first_k_dense_replace is not None:
-            raise ValueError(
-                f"first_k_dense_replace is {self.first_k_dense_replace}, but mlp_class_name {self.mlp_class_name} has "
-                "no experts to replace; use LLaMAMoE"
-            )
-        if self.mlp_class_name == "LLaMAMoE" and not 1 <= self.n_expert_per_token <= self.n_expert:
-            raise ValueError(
-                f"n_expert_per_token is {self.n_expert_per_token}; it must be between 1 and n_expert {self.n_expert}"
-            )
-        if self.n_expert_groups is None:
+        name, per_token, groups = self.mlp_class_name, self.n_expert_per_token, self.n_expert_groups
+        if self.first_k_dense_replace is not None and name in ("GptNeoxMLP", "LLaMAMLP", "GemmaMLP"):
+            raise ValueError(f"first_k_dense_replace needs a class with experts, such as LLaMAMoE, not {name}")
+        if name == "LLaMAMoE" and not 1 <= per_token <= self.n_expert:
+            raise ValueError(f"n_expert_per_token is {per_token}; it must be between 1 and n_expert {self.n_expert}")
+        if groups is None:
             return
-        if self.n_expert_groups < 1 or self.n_expert % self.n_expert_groups:
-            raise ValueError(f"n_expert_groups is {self.n_expert_groups}; it must divide n_expert {self.n_expert}")
-        limits = {
-            "n_topk_groups": self.n_expert_groups,
-            "n_topk_scores_per_group": self.n_expert // self.n_expert_groups,
-        }
-        for key, limit in limits.items():
+        if groups < 1 or self.n_expert % groups:
+            raise ValueError(f"n_expert_groups is {groups}; it must divide n_expert {self.n_expert}")
+        for key, limit in (("n_topk_groups", groups), ("n_topk_scores_per_group", self.n_expert // groups)):
             if (value := getattr(self, key)) is not None and not 1 <= value <= limit:
-                raise ValueError(
-                    f"{key} is {value}; with {self.n_expert} experts in {self.n_expert_groups} groups it must be "
-                    f"between 1 and {limit}"
-                )
+                of = f"{self.n_expert} experts in {groups} groups"
+                raise ValueError(f"{key} is {value}; with {of} it must be between 1 and {limit}")
 
     @classmethod
     def from_name(cls, name: str, **kwargs: Any) -> Self:
-        """The named config, single fields replaced by `kwargs`.
-
-        Args:
-            name: name in the table, name of the repository on the Hugging Face hub, or `org/name` there.
-            kwargs: fields that differ, e.g. `block_size=128`.
-        """
+        """The config called `name` here or on the Hugging Face hub, or `org/name`; `kwargs` replace single fields."""
         row = _find_row(name)
         if row is None:
             hint = _or(nearest(name.rsplit("/", 1)[-1], name_to_config))
@@ -271,7 +243,7 @@ class Config:
         if row["name"] in LONGROPE_CONTEXT and not {"block_size", "rope_adjustments"} & kwargs.keys():
             warnings.warn(
                 f"{row['name']} by name alone has a context of {config.block_size:,} tokens instead of "
-                f"{LONGROPE_CONTEXT[row['name']]:,}: its LongRoPE factors come with its weights (in config.json), or as "
+                f"{LONGROPE_CONTEXT[row['name']]:,}: LongRoPE factors come with its weights (in config.json), or as "
                 "rope_adjustments together with block_size",
                 stacklevel=2,
             )
@@ -292,15 +264,11 @@ class Config:
         kind = values.pop("model_type", "gpt")
         if kind not in ("gpt", cls.model_type):
             raise ValueError(
-                f"{path} describes a {kind!r} model, not {cls.model_type!r}; name the file or module that registers it "
-                "with --extend"
+                f"{path} holds a {kind!r} model, not {cls.model_type!r}; --extend the file that defines it"
             )
         values = cls._checked(values, str(path)) | cls._checked(kwargs, f"overrides of {path}")
-        if row := name_to_config.get(values.get("name")):
-            # Checkpoints of 0.5.x hold a head of their own, also where the published model ties it.
-            row = cls._row_over_defaults(row) | {"tie_embeddings": False}
-            values = row | values
-        return cls(**values)
+        row = name_to_config.get(values.get("name"))
+        return cls(**(cls._row_over_defaults(row) if row else {}) | values)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **kwargs: Any) -> Self:
@@ -311,8 +279,8 @@ class Config:
         if path.name in name_to_config:
             return cls.from_name(path.name, **kwargs)
         raise FileNotFoundError(
-            f"no model config for {str(path)!r}: it holds no model_config.yaml and is not called like a supported model "
-            "(`litgpt models` lists them)"
+            f"no model config for {str(path)!r}: it holds no model_config.yaml and is not called like a model that "
+            "`litgpt models` lists"
         )
 
     @classmethod
@@ -345,13 +313,10 @@ class Config:
 
     @property
     def norm_class(self) -> Callable[..., Any]:
-        """What builds a norm: `norm_class(size, eps=...)`, with the unit offset or without weights if the config says so."""
+        """Builds a norm as `norm_class(size, eps=...)`, with unit offset or without weights if the config says so."""
         norm = _NORMS.get(self.norm_class_name)
-        options = {}
-        if self.norm_unit_offset:
-            options["add_unit_offset"] = True
-        if not self.norm_affine:
-            options["elementwise_affine"] = False
+        options = {"add_unit_offset": True} if self.norm_unit_offset else {}
+        options |= {} if self.norm_affine else {"elementwise_affine": False}
         return partial(norm, **options) if options else norm
 
 
@@ -390,6 +355,10 @@ _ROPE_KEYS = {
     "longrope": {"short_factor", "long_factor"},
 }
 _ROPE_OPTIONS = {"yarn": {"mscale", "mscale_all_dim", "truncate", "attention_factor"}, "longrope": {"attention_factor"}}
+_SIZES = (
+    "block_size", "n_layer", "n_embd", "vocab_size", "padding_multiple", "padded_vocab_size", "n_head", "head_size",
+    "n_query_groups", "sliding_window_size", "intermediate_size", "moe_intermediate_size",
+)  # fmt: skip
 _LATENT_KEYS = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 
 
@@ -397,11 +366,10 @@ def _check_keys(values: dict[str, Any], where: str, required: Iterable[str], opt
     known = [*required, *optional]
     missing = [key for key in required if values.get(key) is None]
     extra = [f"{key!r}{_or(nearest(str(key), missing or known))}" for key in values if key not in known]
-    if missing or extra:
-        parts = [f"lacks {', '.join(sorted(missing))}"] * bool(missing) + [f"has unknown {', '.join(extra)}"] * bool(
-            extra
-        )
-        raise ValueError(f"{where} {' and '.join(parts)}; it takes {', '.join(sorted(known))}")
+    faults = [f"lacks {', '.join(sorted(missing))}"] if missing else []
+    faults += [f"has unknown {', '.join(extra)}"] if extra else []
+    if faults:
+        raise ValueError(f"{where} {' and '.join(faults)}; it takes {', '.join(sorted(known))}")
 
 
 def check_indicator_and_length(
@@ -419,8 +387,6 @@ def check_indicator_and_length(
 
 def find_multiple(n: int, k: int) -> int:
     """The smallest multiple of `k` that is not below `n`."""
-    if k < 1:
-        raise ValueError(f"cannot round {n} up to a multiple of {k}; it must be at least 1")
     return -(-n // k) * k
 
 
@@ -437,13 +403,12 @@ def _or(words: list[str]) -> str:
 
 
 def _as_type(value: Any, kind: Any, where: str) -> Any:
-    """`value` as the annotated type `kind`: YAML reads `1e-6` as text and `1e6` is no integer, so numbers are converted."""
-    kinds = get_args(kind) or (kind,)
-    if get_origin(kind) is Literal:
-        if value not in kinds:
-            raise ValueError(f"{where} is {value!r}; choose one of {', '.join(map(str, kinds))}")
-        return value
-    if type(value) in kinds or not {bool, int, float, str} & {*kinds}:
+    """`value` as the annotated type `kind`: for YAML, `1e-6` is text and `1e6` no integer, so numbers are converted."""
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        raise ValueError(f"{where} is {value!r}; choose one of {', '.join(map(str, get_args(kind)))}")
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    kinds = {get_origin(k) or k: _YAML_NAMES.get(get_origin(k) or k) for k in members}
+    if None in kinds.values() or type(value) in kinds:  # what YAML has no word for is left to the class
         return value
     for number in (k for k in (int, float) if k in kinds and type(value) is not bool):
         try:
@@ -451,8 +416,13 @@ def _as_type(value: Any, kind: Any, where: str) -> Any:
                 return number(float(value))
         except (TypeError, ValueError):
             break
-    wanted = " or ".join("null" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds)
-    raise ValueError(f"{where} is {value!r}; it must be {wanted}")
+    raise ValueError(f"{where} is {value!r}; it must be {' or '.join(kinds.values())}")
+
+
+_YAML_NAMES = {
+    bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list", dict: "a map of keys",
+    type(None): "null",
+}  # fmt: skip
 
 
 class _Registry:
@@ -468,10 +438,8 @@ class _Registry:
         name = name or cls.__name__
         old = self.classes.setdefault(name, cls)
         if old is not cls and old.__module__ != cls.__module__:
-            raise ValueError(
-                f"two {self.noun} classes claim the name {name!r}: {old.__module__}.{old.__qualname__} and "
-                f"{cls.__module__}.{cls.__qualname__}; register one under another name"
-            )
+            both = " and ".join(f"{c.__module__}.{c.__qualname__}" for c in (old, cls))
+            raise ValueError(f"two {self.noun} classes claim the name {name!r}: {both}; rename one")
         self.classes[name] = cls
         return cls
 
@@ -486,17 +454,15 @@ _MLPS, _NORMS = _Registry("mlp"), _Registry("norm")
 
 
 def register_mlp(cls: Any = None, name: str | None = None) -> Any:
-    """Class decorator: makes an MLP known to `mlp_class_name` by its class name or by `name`. It is built as `cls(config)`.
+    """Class decorator: makes an MLP, built as `cls(config)`, known to `mlp_class_name` by its class name or by `name`.
 
-    As `@register_mlp`, `@register_mlp("name")` or `register_mlp(cls, name)`. A module may replace its own class, no other's.
+    As `@register_mlp`, `@register_mlp("name")` or `register_mlp(cls, name)`. A module may replace only its own class.
     """
     return _MLPS.add(cls, name)
 
 
 def register_norm(cls: Any = None, name: str | None = None) -> Any:
-    """Like `register_mlp` for `norm_class_name`. It is built as `cls(size, eps=config.norm_eps)`; where the config asks for
-    them, `add_unit_offset=True` or `elementwise_affine=False` come in addition.
-    """
+    """As `register_mlp`, for norms: built as `cls(size, eps=...)`, plus what `Config.norm_class` adds."""
     return _NORMS.add(cls, name)
 
 
@@ -658,7 +624,7 @@ class SmolLM2Config(LlamaConfig):
 
 @dataclass
 class DeepseekConfig(LlamaConfig):
-    """DeepSeek-V3 in kind, its sizes in proportion to `n_embd`: latent attention, grouped sigmoid router, shared expert."""
+    """DeepSeek-V3 in kind, sizes in proportion to `n_embd`: latent attention, grouped sigmoid router, shared expert."""
 
     norm_eps: float = 1e-6
     rope_interleave: bool = True
@@ -704,17 +670,25 @@ def _family(cls: type[Config], **common: Any) -> dict[str, Any]:
 
 
 def _rows(family: dict[str, Any], org: str, *sizes: dict[str, Any], kinds: tuple[str, ...] = ("",)) -> list[dict]:
-    """A row for each size and kind: `{}` in `name` stands for the kind, and in `hf`, the name on the hub if it differs."""
+    """A row for each size and kind: `{}` in `name` stands for the kind; `hf` is the name on the hub if it differs.
+
+    `window_period` becomes the layer flags of windows and, if the family has a local rotary base, of that.
+    """
     rows = []
     for size in sizes:
         for kind in kinds:
             row = deepcopy(family | size)
-            name, hub_name = row.pop("name"), row.pop("hf", None)
-            hf_config = {"org": org, "name": (hub_name or name).format(kind)}
+            name = row.pop("name")
+            hf_config = {"org": org, "name": row.pop("hf", name).format(kind)}
+            if period := row.pop("window_period", None):
+                row["sliding_window_indices"] = _local_layers(row["n_layer"], period)
+                if "rope_local_base_freq" in row:
+                    row["rope_indices"] = _local_layers(row["n_layer"], period)
             rows.append({"name": name.format(kind), "hf_config": hf_config} | row)
     return rows
 
 
+# fmt: off
 _LLAMA = _family(LlamaConfig)
 _LLAMA_32K = _family(LlamaConfig, vocab_size=32000, padding_multiple=64)
 _INSTRUCT = ("", "-Instruct")
@@ -723,26 +697,21 @@ _INSTRUCT = ("", "-Instruct")
 _ALPHA_7B = dict(n_head=48, n_embd=6144, padding_multiple=256)
 _STABLELM_3B = dict(
     n_layer=32, n_embd=2560, padded_vocab_size=50304, parallel_residual=False, bias=False, mlp_class_name="LLaMAMLP",
-    intermediate_size=6912,
-)  # fmt: skip
+    intermediate_size=6912)
 _stablelm = [
     *_rows({}, "stabilityai", dict(name="stablelm-base-alpha-3b"), dict(name="stablelm-base-alpha-7b", **_ALPHA_7B)),
     *_rows({}, "stabilityai", dict(name="stablelm-tuned-alpha-3b"), dict(name="stablelm-tuned-alpha-7b", **_ALPHA_7B)),
     *_rows(_STABLELM_3B, "stabilityai", dict(name="stablelm-3b-4e1t"), dict(name="stablelm-zephyr-3b")),
 ]
 stablecode = [
-    *_rows(
-        dict(n_layer=32, n_embd=2560, vocab_size=49152), "stabilityai",
+    *_rows(dict(n_layer=32, n_embd=2560, vocab_size=49152), "stabilityai",
         dict(name="stablecode-completion-alpha-3b", block_size=16384),
         dict(name="stablecode-completion-alpha-3b-4k"),
-        dict(name="stablecode-instruct-alpha-3b"),
-    ),
+        dict(name="stablecode-instruct-alpha-3b")),
     *_rows(_STABLELM_3B, "stabilityai", dict(name="stable-code-3b", block_size=16384)),
-]  # fmt: skip
-freewilly_2 = _rows(
-    _LLAMA_32K, "stabilityai",
-    dict(name="FreeWilly2", n_layer=80, n_head=64, n_embd=8192, n_query_groups=8, intermediate_size=28672),
-)  # fmt: skip
+]
+freewilly_2 = _rows(_LLAMA_32K, "stabilityai",
+    dict(name="FreeWilly2", n_layer=80, n_head=64, n_embd=8192, n_query_groups=8, intermediate_size=28672))
 
 # --- EleutherAI ---
 _PYTHIA = _family(PythiaConfig)
@@ -757,66 +726,47 @@ _pythia_sizes = [
     dict(name="pythia-12b{}", n_layer=36, n_head=40, n_embd=5120, padding_multiple=512),
 ]
 pythia = [
-    *_rows(
-        _PYTHIA, "EleutherAI",
+    *_rows(_PYTHIA, "EleutherAI",
         dict(name="pythia-14m", n_layer=6, n_head=4, n_embd=128, block_size=512),
-        dict(name="pythia-31m", n_layer=6, n_head=8, n_embd=256, block_size=1024),
-    ),
+        dict(name="pythia-31m", n_layer=6, n_head=8, n_embd=256, block_size=1024)),
     *_rows(_PYTHIA, "EleutherAI", *_pythia_sizes),
     *_rows(_PYTHIA, "EleutherAI", *_pythia_sizes, kinds=("-deduped",)),
-]  # fmt: skip
+]
 
 # --- TII ---
 _FALCON = _family(FalconConfig, vocab_size=65024)
-falcon = _rows(
-    _FALCON, "tiiuae",
+falcon = _rows(_FALCON, "tiiuae",
     dict(name="falcon-7b{}", n_layer=32, n_head=71, n_embd=4544, n_query_groups=1, shared_attention_norm=True),
-    dict(name="falcon-40b{}", n_layer=60, n_head=128, n_embd=8192, n_query_groups=8),
-    kinds=("", "-instruct"),
-)  # fmt: skip
-falcon180b = _rows(
-    _FALCON, "tiiuae",
-    dict(name="falcon-180B{}", n_layer=80, n_head=232, n_embd=14848, n_query_groups=8),
-    kinds=("", "-chat"),
-)  # fmt: skip
-falcon3 = _rows(
-    _LLAMA | dict(vocab_size=131072, norm_eps=1e-6, n_query_groups=4, rope_base=1000042), "tiiuae",
+    dict(name="falcon-40b{}", n_layer=60, n_head=128, n_embd=8192, n_query_groups=8), kinds=("", "-instruct"))
+falcon180b = _rows(_FALCON, "tiiuae",
+    dict(name="falcon-180B{}", n_layer=80, n_head=232, n_embd=14848, n_query_groups=8), kinds=("", "-chat"))
+falcon3 = _rows(_LLAMA | dict(vocab_size=131072, norm_eps=1e-6, n_query_groups=4, rope_base=1000042), "tiiuae",
     dict(name="Falcon3-1B-{}", n_layer=18, n_head=8, n_embd=2048, intermediate_size=8192),
     dict(name="Falcon3-3B-{}", n_layer=22, n_head=12, n_embd=3072, intermediate_size=9216, block_size=32768),
     dict(name="Falcon3-7B-{}", n_layer=28, n_head=12, n_embd=3072, intermediate_size=23040, block_size=32768),
     dict(name="Falcon3-10B-{}", n_layer=40, n_head=12, n_embd=3072, intermediate_size=23040, block_size=32768),
-    kinds=("Base", "Instruct"),
-)  # fmt: skip
+    kinds=("Base", "Instruct"))
 
 # --- Llama 1 and 2, and what was trained from them ---
 _7B = dict(n_layer=32, n_head=32, n_embd=4096, intermediate_size=11008)
 _13B = dict(n_layer=40, n_head=40, n_embd=5120, intermediate_size=13824)
 _70B = dict(n_layer=80, n_head=64, n_embd=8192, n_query_groups=8, intermediate_size=28672)
-open_LLaMA = _rows(
-    _LLAMA_32K | dict(block_size=2048, norm_eps=1e-6), "openlm-research",
+open_LLaMA = _rows(_LLAMA_32K | dict(block_size=2048, norm_eps=1e-6), "openlm-research",
     dict(name="open_llama_3b", n_layer=26, n_head=32, n_embd=3200, intermediate_size=8640),
     dict(name="open_llama_7b", **_7B),
-    dict(name="open_llama_13b", **_13B),
-)  # fmt: skip
-llama_2 = _rows(
-    _LLAMA_32K, "meta-llama",
+    dict(name="open_llama_13b", **_13B))
+llama_2 = _rows(_LLAMA_32K, "meta-llama",
     dict(name="Llama-2-7b{}-hf", **_7B),
     dict(name="Llama-2-13b{}-hf", **_13B),
-    dict(name="Llama-2-70b{}-hf", **_70B),
-    kinds=("", "-chat"),
-)  # fmt: skip
-together_llama2_32k = _rows(
-    _LLAMA_32K, "togethercomputer", dict(name="LLaMA-2-7B-32K", rope_condense_ratio=8, **_7B)
-)  # fmt: skip
-llama_2_function_calling = _rows(
-    _LLAMA_32K, "Trelis", dict(name="Llama-2-7b-chat-hf-function-calling-v2", norm_eps=1e-6, **_7B)
-)  # fmt: skip
-_CODE_LLAMA = _LLAMA | dict(block_size=16384, rope_base=1000000)
+    dict(name="Llama-2-70b{}-hf", **_70B), kinds=("", "-chat"))
+together_llama2_32k = _rows(_LLAMA_32K, "togethercomputer",
+    dict(name="LLaMA-2-7B-32K", rope_condense_ratio=8, **_7B))
+llama_2_function_calling = _rows(_LLAMA_32K, "Trelis",
+    dict(name="Llama-2-7b-chat-hf-function-calling-v2", norm_eps=1e-6, **_7B))
 _V16 = dict(vocab_size=32016, padding_multiple=16)  # with the four infilling tokens
 _V0 = dict(vocab_size=32000, padded_vocab_size=32000)
 _34B = dict(n_layer=48, n_head=64, n_embd=8192, n_query_groups=8, intermediate_size=22016)
-code_llama = _rows(
-    _CODE_LLAMA, "codellama",
+code_llama = _rows(_LLAMA | dict(block_size=16384, rope_base=1000000), "codellama",
     dict(name="CodeLlama-7b-hf", **_7B, **_V16),
     dict(name="CodeLlama-13b-hf", **_13B, **_V16),
     dict(name="CodeLlama-34b-hf", **_34B, **_V0),
@@ -828,37 +778,27 @@ code_llama = _rows(
     dict(name="CodeLlama-7b-Instruct-hf", **_7B, **_V16),
     dict(name="CodeLlama-13b-Instruct-hf", **_13B, **_V16, block_size=2048),
     dict(name="CodeLlama-34b-Instruct-hf", **_34B, **_V0),
-    dict(name="CodeLlama-70b-Instruct-hf", **_70B, vocab_size=32015, padding_multiple=16),
-)  # fmt: skip
-_MHA_70B = _70B | dict(n_query_groups=None)
-platypus = _rows(
-    _LLAMA | _V0, "garage-bAInd",
-    dict(name="Platypus-30B", n_layer=60, n_head=52, n_embd=6656, intermediate_size=17920, block_size=2048,
-         norm_eps=1e-6),
+    dict(name="CodeLlama-70b-Instruct-hf", **_70B, vocab_size=32015, padding_multiple=16))
+_30B = dict(n_layer=60, n_head=52, n_embd=6656, intermediate_size=17920)
+platypus = _rows(_LLAMA | _V0, "garage-bAInd",
+    dict(name="Platypus-30B", **_30B, block_size=2048, norm_eps=1e-6),
     dict(name="Platypus2-7B", **_7B),
     dict(name="Platypus2-13B", **_13B),
-    dict(name="Platypus2-70B", **_MHA_70B),
+    dict(name="Platypus2-70B", **_70B | dict(n_query_groups=None)),
     dict(name="Camel-Platypus2-13B", **_13B),
     dict(name="Camel-Platypus2-70B", **_70B),
     dict(name="Stable-Platypus2-13B", **_13B),
-    dict(name="Platypus2-70B-instruct", **_70B),
-)  # fmt: skip
-tiny_llama = _rows(
-    _LLAMA_32K | dict(block_size=2048, n_layer=22, n_head=32, n_embd=2048, n_query_groups=4, intermediate_size=5632),
-    "TinyLlama",
+    dict(name="Platypus2-70B-instruct", **_70B))
+_TINY = _LLAMA_32K | dict(block_size=2048, n_query_groups=4, intermediate_size=5632)
+tiny_llama = _rows(_TINY | dict(n_layer=22, n_head=32, n_embd=2048), "TinyLlama",
     dict(name="tiny-llama-1.1b", hf="TinyLlama-1.1B-intermediate-step-1431k-3T"),
-    dict(name="tiny-llama-1.1b-chat", hf="TinyLlama-1.1B-Chat-v1.0"),
-)  # fmt: skip
-micro_llama = _rows(
-    _LLAMA_32K | dict(block_size=2048, n_layer=12, n_head=16, n_embd=1024, n_query_groups=4, intermediate_size=5632),
-    "keeeeenw",
-    dict(name="micro-llama-300M", hf="MicroLlama"),
-)  # fmt: skip
+    dict(name="tiny-llama-1.1b-chat", hf="TinyLlama-1.1B-Chat-v1.0"))
+micro_llama = _rows(_TINY, "keeeeenw",
+    dict(name="micro-llama-300M", hf="MicroLlama", n_layer=12, n_head=16, n_embd=1024))
 
 # --- Llama 3 ---
-_LLAMA_3 = _LLAMA | dict(
-    block_size=8192, vocab_size=128000, padded_vocab_size=128256, n_query_groups=8, rope_base=500000
-)  # fmt: skip
+_LLAMA_3 = _family(LlamaConfig, block_size=8192, vocab_size=128000, padded_vocab_size=128256, n_query_groups=8,
+    rope_base=500000)
 _ROPE_31 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
 _LLAMA_31 = _LLAMA_3 | dict(block_size=131072, rope_adjustments=_ROPE_31)
 _LLAMA_32 = _LLAMA_31 | dict(tie_embeddings=True, rope_adjustments=_ROPE_31 | dict(factor=32.0))
@@ -867,266 +807,183 @@ llama_3 = [
     *_rows(_LLAMA_3, "meta-llama", dict(name="Llama-3-8B{}", hf="Meta-Llama-3-8B{}", **_8B), kinds=_INSTRUCT),
     *_rows(_LLAMA_31, "meta-llama", dict(name="Llama-3.1-8B{}", hf="Meta-Llama-3.1-8B{}", **_8B), kinds=_INSTRUCT),
     *_rows(_LLAMA_3, "meta-llama", dict(name="Llama-3-70B{}", hf="Meta-Llama-3-70B{}", **_70B), kinds=_INSTRUCT),
-    *_rows(
-        _LLAMA_31, "meta-llama",
+    *_rows(_LLAMA_31, "meta-llama",
         dict(name="Llama-3.1-70B{}", hf="Meta-Llama-3.1-70B{}", **_70B),
         dict(name="Llama-3.1-405B{}", hf="Meta-Llama-3.1-405B{}", n_layer=126, n_head=128, n_embd=16384,
-             intermediate_size=53248),
-        kinds=_INSTRUCT,
-    ),
-    *_rows(
-        _LLAMA_32, "meta-llama",
+             intermediate_size=53248), kinds=_INSTRUCT),
+    *_rows(_LLAMA_32, "meta-llama",
         dict(name="Llama-3.2-1B{}", n_layer=16, n_head=32, n_embd=2048, intermediate_size=8192),
-        dict(name="Llama-3.2-3B{}", n_layer=28, n_head=24, n_embd=3072, intermediate_size=8192),
-        kinds=_INSTRUCT,
-    ),
+        dict(name="Llama-3.2-3B{}", n_layer=28, n_head=24, n_embd=3072, intermediate_size=8192), kinds=_INSTRUCT),
     *_rows(_LLAMA_31, "meta-llama", dict(name="Llama-3.3-70B-Instruct", **_70B)),
     *_rows(_LLAMA_31, "nvidia", dict(name="Llama-3.1-Nemotron-70B-Instruct-HF", **_70B)),
-]  # fmt: skip
-r1_distill_llama = _rows(
-    _LLAMA_31, "deepseek-ai",
+]
+r1_distill_llama = _rows(_LLAMA_31, "deepseek-ai",
     dict(name="R1-Distill-Llama-8B", hf="DeepSeek-R1-Distill-Llama-8B", **_8B),
-    dict(name="R1-Distill-Llama-70B", hf="DeepSeek-R1-Distill-Llama-70B", **_70B),
-)  # fmt: skip
+    dict(name="R1-Distill-Llama-70B", hf="DeepSeek-R1-Distill-Llama-70B", **_70B))
 
 # --- Allen AI ---
 _OLMO = _family(OLMoConfig, vocab_size=50280, padded_vocab_size=50304)
-olmo = [
-    *_rows(
-        _OLMO, "allenai",
-        dict(name="OLMo-1B-hf", n_layer=16, n_head=16, n_embd=2048, intermediate_size=8192, tie_embeddings=True),
-    ),
-    *_rows(_OLMO, "allenai", dict(name="OLMo-7B{}-hf", **_7B), kinds=_INSTRUCT),
-]  # fmt: skip
-olmo2 = _rows(
-    _family(OLMo2Config, vocab_size=100278), "allenai",
+olmo = _rows(_OLMO, "allenai",
+    dict(name="OLMo-1B-hf", n_layer=16, n_head=16, n_embd=2048, intermediate_size=8192, tie_embeddings=True),
+    dict(name="OLMo-7B-hf", **_7B),
+    dict(name="OLMo-7B-Instruct-hf", **_7B))
+olmo2 = _rows(_family(OLMo2Config, vocab_size=100278), "allenai",
     dict(name="OLMo-2-1124-7B{}", **_7B),
-    dict(name="OLMo-2-1124-13B{}", **_13B),
-    kinds=("", "-SFT", "-DPO", "-Instruct"),
-)  # fmt: skip
+    dict(name="OLMo-2-1124-13B{}", **_13B), kinds=("", "-SFT", "-DPO", "-Instruct"))
 
 # --- Google ---
 _GEMMA = _family(GemmaConfig, vocab_size=256000, padding_multiple=64)
-_GEMMA_2 = _family(Gemma2Config, vocab_size=256000, head_size=256, attention_scores_scalar=256)
+_GEMMA_2 = _family(Gemma2Config, window_period=2, vocab_size=256000, head_size=256, attention_scores_scalar=256)
 _GEMMA_3 = _family(
-    Gemma3Config, vocab_size=262144, head_size=256, attention_scores_scalar=256, rope_adjustments=dict(factor=8.0)
-)
+    Gemma3Config, window_period=6, vocab_size=262144, head_size=256, attention_scores_scalar=256,
+    rope_adjustments=dict(factor=8.0))
 _gemma_7b = dict(n_layer=28, n_head=16, n_embd=3072, head_size=256, intermediate_size=24576)
 _gemma_sizes = [
     dict(name="Gemma-2b{}", hf="gemma-2b{}", n_layer=18, n_head=8, n_embd=2048, n_query_groups=1,
          intermediate_size=16384),
     dict(name="Gemma-7b{}", hf="gemma-7b{}", **_gemma_7b),
-]  # fmt: skip
+]
 _gemma_2_sizes = [
     dict(name="Gemma-2-2b{}", hf="gemma-2-2b{}", n_layer=26, n_head=8, n_embd=2304, n_query_groups=4,
-         intermediate_size=9216, sliding_window_indices=_local_layers(26, 2)),
+         intermediate_size=9216),
     dict(name="Gemma-2-9b{}", hf="gemma-2-9b{}", n_layer=42, n_head=16, n_embd=3584, n_query_groups=8,
-         intermediate_size=14336, sliding_window_indices=_local_layers(42, 2)),
+         intermediate_size=14336),
     dict(name="Gemma-2-27b{}", hf="gemma-2-27b{}", n_layer=46, n_head=32, n_embd=4608, n_query_groups=16,
-         head_size=128, attention_scores_scalar=144, intermediate_size=36864,
-         sliding_window_indices=_local_layers(46, 2)),
-]  # fmt: skip
-gemma = [
-    row
-    for kind in ("", "-it")
-    for family, sizes in ((_GEMMA, _gemma_sizes), (_GEMMA_2, _gemma_2_sizes))
-    for row in _rows(family, "google", *sizes, kinds=(kind,))
+         head_size=128, attention_scores_scalar=144, intermediate_size=36864),
 ]
-
-
-def _local_rope(n_layer: int) -> dict[str, Any]:
-    return dict(sliding_window_indices=_local_layers(n_layer, 6), rope_indices=_local_layers(n_layer, 6))
-
-
-gemma3 = _rows(
-    _GEMMA_3, "google",
+gemma = [
+    *_rows(_GEMMA, "google", *_gemma_sizes),
+    *_rows(_GEMMA_2, "google", *_gemma_2_sizes),
+    *_rows(_GEMMA, "google", *_gemma_sizes, kinds=("-it",)),
+    *_rows(_GEMMA_2, "google", *_gemma_2_sizes, kinds=("-it",)),
+]
+gemma3 = _rows(_GEMMA_3, "google",
     dict(name="Gemma-3-1b-it", hf="gemma-3-1b-it", n_layer=26, n_head=4, n_embd=1152, n_query_groups=1,
-         intermediate_size=6912, sliding_window_size=512, rope_adjustments=None, **_local_rope(26)),
+         intermediate_size=6912, sliding_window_size=512, rope_adjustments=None),
     dict(name="Gemma-3-4b-it", hf="gemma-3-4b-it", n_layer=34, n_head=8, n_embd=2560, n_query_groups=4,
-         intermediate_size=10240, **_local_rope(34)),
+         intermediate_size=10240),
     dict(name="Gemma-3-12b-it", hf="gemma-3-12b-it", n_layer=48, n_head=16, n_embd=3840, n_query_groups=8,
-         intermediate_size=15360, **_local_rope(48)),
+         intermediate_size=15360),
     dict(name="Gemma-3-27b-it", hf="gemma-3-27b-it", n_layer=62, n_head=32, n_embd=5376, n_query_groups=16,
-         head_size=128, attention_scores_scalar=168, intermediate_size=21504, **_local_rope(62)),
-)  # fmt: skip
+         head_size=128, attention_scores_scalar=168, intermediate_size=21504))
 codegemma = _rows(_GEMMA, "google", dict(name="CodeGemma-7b-it", hf="codegemma-7b-it", **_gemma_7b))
 
 # --- Microsoft ---
 _PHI = _family(PhiConfig, vocab_size=50257, padded_vocab_size=51200)
-_PHI_3 = _LLAMA | dict(
-    n_layer=32, n_head=32, n_embd=3072, intermediate_size=8192, vocab_size=32000, padded_vocab_size=32064
-)  # fmt: skip
-_PHI_4 = _LLAMA | dict(
-    n_layer=40, n_head=40, n_embd=5120, n_query_groups=10, intermediate_size=17920, vocab_size=100352
-)  # fmt: skip
-_PHI_4_MINI = _LLAMA | dict(
-    n_layer=32, n_head=24, n_embd=3072, n_query_groups=8, intermediate_size=8192, vocab_size=200019,
-    padded_vocab_size=200064, rotary_percentage=0.75, sliding_window_size=262145, tie_embeddings=True,
-)  # fmt: skip
+_PHI_3 = _LLAMA | dict(n_layer=32, n_embd=3072, intermediate_size=8192, vocab_size=32000, padded_vocab_size=32064)
+_PHI_4 = _LLAMA | dict(n_layer=40, n_head=40, n_embd=5120, n_query_groups=10, intermediate_size=17920,
+    vocab_size=100352)
+_PHI_4_MINI = _PHI_3 | dict(vocab_size=200019, padded_vocab_size=200064, n_head=24, n_query_groups=8,
+    rotary_percentage=0.75, sliding_window_size=262145, tie_embeddings=True)
 # Context of the models that reach it by LongRoPE. The factors are in the config.json of the weights, one list a model;
 # without them the rows keep the context of the original positions.
-LONGROPE_CONTEXT = dict.fromkeys(
-    ("Phi-3-mini-128k-instruct", "Phi-3.5-mini-instruct", "Phi-4-mini-instruct", "Phi-4-mini-reasoning"), 131072
-)
+LONGROPE_CONTEXT = {"Phi-3-mini-128k-instruct": 131072, "Phi-3.5-mini-instruct": 131072,
+    "Phi-4-mini-instruct": 131072, "Phi-4-mini-reasoning": 131072}
 phi = [
-    *_rows(
-        _PHI, "microsoft",
+    *_rows(_PHI, "microsoft",
         dict(name="phi-1_5", n_layer=24, n_embd=2048),
-        dict(name="phi-2", n_layer=32, n_embd=2560, rotary_percentage=0.4),
-    ),
-    *_rows(
-        _PHI_3, "microsoft",
+        dict(name="phi-2", n_layer=32, n_embd=2560, rotary_percentage=0.4)),
+    *_rows(_PHI_3, "microsoft",
         dict(name="Phi-3-mini-4k-instruct", sliding_window_size=2048),
         dict(name="Phi-3-mini-128k-instruct", sliding_window_size=262145),
-        dict(name="Phi-3.5-mini-instruct"),
-    ),
-    *_rows(
-        _PHI_4, "microsoft",
+        dict(name="Phi-3.5-mini-instruct")),
+    *_rows(_PHI_4, "microsoft",
         dict(name="phi-4", block_size=16384, rope_base=250000),
         dict(name="Phi-4-reasoning", block_size=32768, rope_base=500000),
-        dict(name="Phi-4-reasoning-plus", block_size=32768, rope_base=500000),
-    ),
+        dict(name="Phi-4-reasoning-plus", block_size=32768, rope_base=500000)),
     *_rows(_PHI_4_MINI, "microsoft", dict(name="Phi-4-mini-instruct"), dict(name="Phi-4-mini-reasoning")),
-]  # fmt: skip
+]
 
 # --- Mistral AI ---
-_MISTRAL = _family(MistralConfig, n_query_groups=8)
-_MIXTRAL = _family(MixtralConfig, n_query_groups=8)
+_MISTRAL, _MIXTRAL = _family(MistralConfig, n_query_groups=8), _family(MixtralConfig, n_query_groups=8)
 _MISTRAL_V1 = dict(sliding_window_size=4096, block_size=4096, rope_base=10000, **_8B, **_V0)
+_123B = dict(n_layer=88, n_head=96, n_embd=12288, intermediate_size=28672, vocab_size=32768)
 _8X22B = dict(n_layer=56, n_head=48, n_embd=6144, intermediate_size=16384, vocab_size=32768, block_size=65536)
 mistral = [
-    *_rows(
-        _MISTRAL, "mistralai",
+    *_rows(_MISTRAL, "mistralai",
         dict(name="Mathstral-7B-v0.1", hf="mathstral-7B-v0.1", vocab_size=32768, sliding_window_size=4096, **_8B),
         dict(name="Mistral-7B-v0.1", **_MISTRAL_V1),
-        dict(name="Mistral-7B-Instruct-v0.1", **_MISTRAL_V1),
-    ),
-    *_rows(
-        _MIXTRAL, "mistralai",
+        dict(name="Mistral-7B-Instruct-v0.1", **_MISTRAL_V1)),
+    *_rows(_MIXTRAL, "mistralai",
         dict(name="Mixtral-8x7B-{}v0.1", **_8B, **_V0),
-        dict(name="Mixtral-8x22B-{}v0.1", **_8X22B),
-        kinds=("", "Instruct-"),
-    ),
+        dict(name="Mixtral-8x22B-{}v0.1", **_8X22B), kinds=("", "Instruct-")),
     *_rows(_MISTRAL, "unsloth", dict(name="Mistral-7B-v0.2", **_8B, **_V0)),
-    *_rows(
-        _MISTRAL, "mistralai",
+    *_rows(_MISTRAL, "mistralai",
         dict(name="Mistral-7B-Instruct-v0.2", **_8B, **_V0),
         dict(name="Mistral-7B-v0.3", vocab_size=32768, **_8B),
         dict(name="Mistral-7B-Instruct-v0.3", vocab_size=32768, **_8B),
-    ),
-    *_rows(
-        _MISTRAL, "mistralai",
-        dict(name="Mistral-Large-Instruct-{}", n_layer=88, n_head=96, n_embd=12288, intermediate_size=28672,
-             vocab_size=32768),
-        kinds=("2407", "2411"),
-    ),
-]  # fmt: skip
+        dict(name="Mistral-Large-Instruct-2407", **_123B),
+        dict(name="Mistral-Large-Instruct-2411", **_123B)),
+]
 
 # --- Alibaba ---
 _QWEN = _family(QwenConfig, vocab_size=151643)
 _TIED = dict(padded_vocab_size=151936, tie_embeddings=True)
-_Q_05B = dict(n_layer=24, n_head=14, n_embd=896, n_query_groups=2, intermediate_size=4864, **_TIED)
-_Q_15B = dict(n_layer=28, n_head=12, n_embd=1536, n_query_groups=2, intermediate_size=8960, **_TIED)
-_Q_3B = dict(n_layer=36, n_head=16, n_embd=2048, n_query_groups=2, intermediate_size=11008, **_TIED)
-_Q_7B = dict(n_layer=28, n_head=28, n_embd=3584, n_query_groups=4, intermediate_size=18944)
-_Q_14B = dict(n_layer=48, n_head=40, n_embd=5120, n_query_groups=8, intermediate_size=13824, norm_eps=1e-5)
-_Q_32B = dict(n_layer=64, n_head=40, n_embd=5120, n_query_groups=8, intermediate_size=27648, norm_eps=1e-5)
-_Q_72B = dict(n_layer=80, n_head=64, n_embd=8192, n_query_groups=8, intermediate_size=29568, norm_eps=1e-5)
-qwen_2_5 = _rows(
-    _QWEN, "Qwen",
-    dict(name="Qwen2.5-0.5B{}", **_Q_05B),
-    dict(name="Qwen2.5-1.5B{}", block_size=131072, **_Q_15B),
-    dict(name="Qwen2.5-3B{}", **_Q_3B),
-    dict(name="Qwen2.5-7B{}", block_size=131072, **_Q_7B),
-    dict(name="Qwen2.5-14B{}", block_size=131072, **_Q_14B),
-    dict(name="Qwen2.5-32B{}", block_size=131072, **_Q_32B),
-    dict(name="Qwen2.5-72B{}", block_size=131072, **_Q_72B),
-    kinds=_INSTRUCT,
-)  # fmt: skip
-qwen_2_5_coder = _rows(
-    _QWEN, "Qwen",
-    dict(name="Qwen2.5-Coder-0.5B{}", **_Q_05B),
-    dict(name="Qwen2.5-Coder-1.5B{}", **_Q_15B),
-    dict(name="Qwen2.5-Coder-3B{}", **_Q_3B),
-    dict(name="Qwen2.5-Coder-7B{}", **_Q_7B),
-    dict(name="Qwen2.5-Coder-14B{}", **_Q_14B),
-    dict(name="Qwen2.5-Coder-32B{}", **_Q_32B),
-    kinds=_INSTRUCT,
-)  # fmt: skip
-qwen_2_5_math = _rows(
-    _QWEN | dict(block_size=4096, rope_base=10000), "Qwen",
-    dict(name="Qwen2.5-Math-1.5B{}", **_Q_15B),
-    dict(name="Qwen2.5-Math-7B{}", **_Q_7B),
-    dict(name="Qwen2.5-Math-72B{}", **_Q_72B),
-    kinds=_INSTRUCT,
-)  # fmt: skip
-qwen_2_5_1m = _rows(
-    _QWEN | dict(block_size=1010000, rope_base=10000000), "Qwen",
-    dict(name="Qwen2.5-7B-Instruct-1M", **_Q_7B | dict(norm_eps=1e-5)),
-    dict(name="Qwen2.5-14B-Instruct-1M", **_Q_14B),
-)  # fmt: skip
-qwq = _rows(
-    _QWEN, "Qwen",
-    dict(name="QwQ-32B", block_size=131072, **_Q_32B),
-    dict(name="QwQ-32B-Preview", **_Q_32B),
-)  # fmt: skip
+_QWEN_SIZES = {
+    "0.5B": dict(n_layer=24, n_head=14, n_embd=896, n_query_groups=2, intermediate_size=4864, **_TIED),
+    "1.5B": dict(n_layer=28, n_head=12, n_embd=1536, n_query_groups=2, intermediate_size=8960, **_TIED),
+    "3B": dict(n_layer=36, n_head=16, n_embd=2048, n_query_groups=2, intermediate_size=11008, **_TIED),
+    "7B": dict(n_layer=28, n_head=28, n_embd=3584, n_query_groups=4, intermediate_size=18944),
+    "14B": dict(n_layer=48, n_head=40, n_embd=5120, n_query_groups=8, intermediate_size=13824, norm_eps=1e-5),
+    "32B": dict(n_layer=64, n_head=40, n_embd=5120, n_query_groups=8, intermediate_size=27648, norm_eps=1e-5),
+    "72B": dict(n_layer=80, n_head=64, n_embd=8192, n_query_groups=8, intermediate_size=29568, norm_eps=1e-5),
+}
+qwen_2_5 = _rows(_QWEN, "Qwen",
+    *(dict(name=f"Qwen2.5-{size}{{}}", **values, block_size=32768 if size in ("0.5B", "3B") else 131072)
+      for size, values in _QWEN_SIZES.items()), kinds=_INSTRUCT)
+qwen_2_5_coder = _rows(_QWEN, "Qwen",
+    *(dict(name=f"Qwen2.5-Coder-{size}{{}}", **values) for size, values in _QWEN_SIZES.items() if size != "72B"),
+    kinds=_INSTRUCT)
+qwen_2_5_math = _rows(_QWEN | dict(block_size=4096, rope_base=10000), "Qwen",
+    *(dict(name=f"Qwen2.5-Math-{size}{{}}", **_QWEN_SIZES[size]) for size in ("1.5B", "7B", "72B")), kinds=_INSTRUCT)
+qwen_2_5_1m = _rows(_QWEN | dict(block_size=1010000, rope_base=10000000), "Qwen",
+    *(dict(name=f"Qwen2.5-{size}-Instruct-1M", **_QWEN_SIZES[size] | dict(norm_eps=1e-5)) for size in ("7B", "14B")))
+qwq = _rows(_QWEN | _QWEN_SIZES["32B"], "Qwen", dict(name="QwQ-32B", block_size=131072), dict(name="QwQ-32B-Preview"))
 _QWEN_3 = _family(Qwen3Config, vocab_size=151643, padded_vocab_size=151936, n_query_groups=8, head_size=128)
 _QWEN_3_MOE = _QWEN_3 | dict(mlp_class_name="LLaMAMoE", n_query_groups=4, n_expert=128, n_expert_per_token=8)
 _Q3_4B = dict(n_layer=36, n_head=32, n_embd=2560, intermediate_size=9728, tie_embeddings=True)
 _Q3_30B = dict(n_layer=48, n_head=32, n_embd=2048, intermediate_size=6144, moe_intermediate_size=768)
 _Q3_235B = dict(n_layer=94, n_head=64, n_embd=4096, intermediate_size=12288, moe_intermediate_size=1536)
 _2507 = ("-Thinking-2507", "-Instruct-2507")
-qwen_3 = _rows(
-    _QWEN_3, "Qwen",
+qwen_3 = _rows(_QWEN_3, "Qwen",
     dict(name="Qwen3-0.6B{}", n_layer=28, n_head=16, n_embd=1024, intermediate_size=3072, tie_embeddings=True),
     dict(name="Qwen3-1.7B{}", n_layer=28, n_head=16, n_embd=2048, intermediate_size=6144, tie_embeddings=True),
     dict(name="Qwen3-4B{}", **_Q3_4B),
     dict(name="Qwen3-8B{}", n_layer=36, n_head=32, n_embd=4096, intermediate_size=12288),
-    dict(name="Qwen3-14B{}", n_layer=40, n_head=40, n_embd=5120, intermediate_size=17408),
-    kinds=("", "-Base"),
-)  # fmt: skip
-qwen_3_32b = _rows(
-    _QWEN_3, "Qwen", dict(name="Qwen3-32B", n_layer=64, n_head=64, n_embd=5120, intermediate_size=25600)
-)  # fmt: skip
-qwen_3_moe = [
-    *_rows(_QWEN_3_MOE, "Qwen", dict(name="Qwen3-30B-A3B{}", **_Q3_30B), kinds=("", "-Base")),
-    *_rows(_QWEN_3_MOE, "Qwen", dict(name="Qwen3-235B-A22B", **_Q3_235B)),
-]
+    dict(name="Qwen3-14B{}", n_layer=40, n_head=40, n_embd=5120, intermediate_size=17408), kinds=("", "-Base"))
+qwen_3_32b = _rows(_QWEN_3, "Qwen",
+    dict(name="Qwen3-32B", n_layer=64, n_head=64, n_embd=5120, intermediate_size=25600))
+qwen_3_moe = _rows(_QWEN_3_MOE, "Qwen",
+    dict(name="Qwen3-30B-A3B", **_Q3_30B),
+    dict(name="Qwen3-30B-A3B-Base", **_Q3_30B),
+    dict(name="Qwen3-235B-A22B", **_Q3_235B))
 qwen_3_2507_thinking_instruct = [
-    *_rows(
-        _QWEN_3_MOE | dict(block_size=262144), "Qwen",
+    *_rows(_QWEN_3_MOE | dict(block_size=262144), "Qwen",
         dict(name="Qwen3-235B-A22B{}", rope_base=5000000, **_Q3_235B),
-        dict(name="Qwen3-30B-A3B{}", rope_base=10000000, **_Q3_30B),
-        kinds=_2507,
-    ),
-    *_rows(_QWEN_3 | dict(block_size=262144, rope_base=5000000), "Qwen", dict(name="Qwen3-4B{}", **_Q3_4B), kinds=_2507),
-]  # fmt: skip
+        dict(name="Qwen3-30B-A3B{}", rope_base=10000000, **_Q3_30B), kinds=_2507),
+    *_rows(_QWEN_3 | dict(block_size=262144), "Qwen",
+        dict(name="Qwen3-4B{}", rope_base=5000000, **_Q3_4B), kinds=_2507),
+]
 
 # --- Others ---
-salamandra = _rows(
-    _LLAMA | dict(block_size=8192, vocab_size=256000), "BSC-LT",
+salamandra = _rows(_LLAMA | dict(block_size=8192, vocab_size=256000), "BSC-LT",
     dict(name="salamandra-2b{}", n_layer=24, n_head=16, n_embd=2048, intermediate_size=5440),
-    dict(name="salamandra-7b{}", n_query_groups=8, norm_eps=1e-6, **_7B),
-    kinds=("", "-instruct"),
-)  # fmt: skip
-smollm2 = _rows(
-    _family(SmolLM2Config, vocab_size=49152), "HuggingFaceTB",
+    dict(name="salamandra-7b{}", n_query_groups=8, norm_eps=1e-6, **_7B), kinds=("", "-instruct"))
+smollm2 = _rows(_family(SmolLM2Config, vocab_size=49152), "HuggingFaceTB",
     dict(name="SmolLM2-135M{}", n_layer=30, n_head=9, n_embd=576, n_query_groups=3, intermediate_size=1536),
     dict(name="SmolLM2-360M{}", n_layer=32, n_head=15, n_embd=960, n_query_groups=5, intermediate_size=2560),
     dict(name="SmolLM2-1.7B{}", n_layer=24, n_head=32, n_embd=2048, intermediate_size=8192, rope_base=130000),
-    kinds=_INSTRUCT,
-)  # fmt: skip
+    kinds=_INSTRUCT)
 
+# In published order.
 configs: list[dict[str, Any]] = [
     *_stablelm, *stablecode, *pythia, *falcon, *falcon180b, *falcon3, *open_LLaMA, *llama_2, *llama_3, *olmo, *olmo2,
-    *gemma, *gemma3, *codegemma, *freewilly_2, *code_llama, *platypus, *together_llama2_32k, *phi, *mistral, *tiny_llama,
-    *micro_llama, *llama_2_function_calling, *qwen_2_5, *qwen_2_5_coder, *qwen_2_5_math, *qwen_2_5_1m, *qwq, *qwen_3,
-    *qwen_3_32b, *qwen_3_moe, *qwen_3_2507_thinking_instruct, *salamandra, *smollm2, *r1_distill_llama,
-]  # fmt: skip
-"""All named configs, in published order."""
-
+    *gemma, *gemma3, *codegemma, *freewilly_2, *code_llama, *platypus, *together_llama2_32k, *phi, *mistral,
+    *tiny_llama, *micro_llama, *llama_2_function_calling, *qwen_2_5, *qwen_2_5_coder, *qwen_2_5_math, *qwen_2_5_1m,
+    *qwq, *qwen_3, *qwen_3_32b, *qwen_3_moe, *qwen_3_2507_thinking_instruct, *salamandra, *smollm2, *r1_distill_llama,
+]
 name_to_config: dict[str, dict[str, Any]] = {config["name"]: config for config in configs}
-"""The same by name."""
+# fmt: on
 
 
 def _find_row(name: str) -> dict[str, Any] | None:
@@ -1134,11 +991,7 @@ def _find_row(name: str) -> dict[str, Any] | None:
     if name in name_to_config:
         return name_to_config[name]
     org, _, short = name.rpartition("/")
-    return next(
-        (
-            row
-            for row in configs
-            if short in (row["name"], row["hf_config"]["name"]) and org in ("", row["hf_config"]["org"])
-        ),
-        None,
-    )
+    for row in configs:
+        if short in (row["name"], row["hf_config"]["name"]) and org in ("", row["hf_config"]["org"]):
+            return row
+    return None
