@@ -19,8 +19,8 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from litgpt.data.documents import PIECE_BYTES, Piece, Source, hash_file, hash_texts, write_json
-from litgpt.data.shards import INDEX, VERSION, Shard, TokenShards, token_dtype, write_index
+from litgpt.data.documents import PIECE_BYTES, Piece, Source, hash_texts, write_json
+from litgpt.data.shards import INDEX, VERSION, Shard, TokenShards, is_shards_folder, token_dtype, write_index
 
 SHARD_BYTES = 16 << 20
 """Bytes of text that go into one shard: what a kill loses, and what one process works on."""
@@ -28,10 +28,11 @@ SHARD_BYTES = 16 << 20
 BATCH_BYTES = 4 * PIECE_BYTES
 """Bytes of text given to the tokenizer at once."""
 
+BYTES_PER_TOKEN = 4
+"""Roughly, in English text with a vocabulary of usual size."""
+
 BUILDING = "building.json"
 """Written into a folder whose shards are not complete: says for what input they are."""
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,21 @@ def document_marks(tokenizer: Any, bos: bool, eos: bool) -> tuple[tuple[int, ...
     """
     first, last = getattr(tokenizer, "bos_id", None), getattr(tokenizer, "eos_id", None)
     opens = bos or (eos and last is None)
-    closes = eos or (bos and first is None)
+    closes = (eos or (bos and first is None)) and not (opens and first == last)  # one token may be both marks
     return (first,) if opens and first is not None else (), (last,) if closes and last is not None else ()
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of what decides how `tokenizer` encodes: its files or, where it has none, an encoded sample."""
-    folder = getattr(tokenizer, "checkpoint_dir", None)
-    if folder is not None and (files := [Path(folder) / n for n in TOKENIZER_FILES if (Path(folder) / n).is_file()]):
-        return hash_texts([f"{file.name} {hash_file(file)}" for file in files])
-    sample = encode_batch(tokenizer, [" ".join(map(chr, range(32, 500))), "The quick brown fox, 1234567890 times.\n\n"])
-    return hash_texts([f"{type(tokenizer).__qualname__} {tokenizer.vocab_size} {tokenizer.eos_id} {sample}"])
+    """Hash of what decides how `tokenizer` encodes: its model or, where that cannot be had, an encoded sample."""
+    processor = getattr(tokenizer, "processor", None)
+    if hasattr(processor, "to_str"):
+        model = processor.to_str()
+    elif hasattr(processor, "serialized_model_proto"):
+        model = processor.serialized_model_proto().hex()
+    else:
+        texts = ["".join(map(chr, range(32, 500))), "The quick brown fox, 1234567890 times.\n\n\tIt jumps.  "]
+        model = f"{type(tokenizer).__qualname__} {tokenizer.vocab_size} {encode_batch(tokenizer, texts)}"
+    return hash_texts([model, *map(str, document_marks(tokenizer, bos=True, eos=True))])
 
 
 def encode_batch(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -173,7 +178,7 @@ def prepare_shards(
     Args:
         folder: Belongs to the shards alone. Finished shards of an interrupted run for the same input are kept.
         sources: The text.
-        tokenizer: Encodes the text. One that was loaded from a folder is loaded again in each process.
+        tokenizer: Encodes the text; it is pickled into each process.
         content: Hash of all the text, by which a change is noticed.
         bos: Put the begin-of-text token before each document (the other mark where the tokenizer has none).
         eos: Put the end-of-text token after each document (likewise).
@@ -244,8 +249,8 @@ def write_in_processes(
 ) -> dict[int, Shard]:
     """Write `jobs` in fresh processes; what they count comes back through a queue while they work."""
     context = get_context("spawn")  # a forked child would inherit the threads of torch and the tokenizer in any state
-    queue, given = context.Queue(), getattr(tokenizer, "checkpoint_dir", None) or tokenizer
-    executor = ProcessPoolExecutor(n_processes, context, start_worker, (given, queue, n_processes))
+    queue = context.Queue()
+    executor = ProcessPoolExecutor(n_processes, context, start_worker, (tokenizer, queue, n_processes))
     try:
         pending = futures = {executor.submit(write_shard_here, job): job.number for job in jobs}
         while pending:
@@ -267,17 +272,46 @@ def write_in_processes(
         executor.shutdown(cancel_futures=True)
 
 
-def start_worker(given: Any, queue: Any, n_processes: int) -> None:
-    """Load the tokenizer once per process, share the cores, and end when the parent has been killed."""
-    from litgpt.tokenizer import Tokenizer
-
+def start_worker(tokenizer: Any, queue: Any, n_processes: int) -> None:
+    """Keep what all jobs of this process need, share the cores, and end when the parent has been killed."""
     global _tokenizer, _report
     os.environ["RAYON_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n_processes))
-    _tokenizer = Tokenizer(given) if isinstance(given, (str, Path)) else given
-    _report = queue
+    _tokenizer, _report = tokenizer, queue
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def write_shard_here(job: Job) -> Shard:
     """`write_shard` in a process that `start_worker` has set up."""
     return write_shard(job, _tokenizer, lambda *counts: _report.put(counts))
+
+
+def prepare_files(
+    folder: Path, sources: Sequence[Any], tokenizer: Any, shard_tokens: int, fast_dev_run: bool, wanted: str
+) -> TokenShards:
+    """Token shards of a corpus too large to hash: it counts as unchanged as long as the files' names and sizes are.
+
+    Args:
+        folder: Where the shards go; must be new, empty, or of an earlier call.
+        sources: One for each file, with a `path`.
+        tokenizer: Encodes the text; the end-of-text token goes after each document.
+        shard_tokens: Tokens per shard, roughly.
+        fast_dev_run: Take the first two files only.
+        wanted: What the files are, for the error message.
+    """
+    if not sources:
+        raise FileNotFoundError(f"no {wanted}; is --input_dir right?")
+    if folder.is_dir() and any(folder.iterdir()) and not (is_shards_folder(folder) or (folder / BUILDING).exists()):
+        raise ValueError(f"{folder} is not empty and has no shards of an earlier call; choose another --output_dir")
+    sources = sources[:2] if fast_dev_run else sources
+    content = hash_texts(f"{source.path.name} {source.path.stat().st_size}" for source in sources)
+    shards = prepare_shards(
+        folder,
+        sources,
+        tokenizer,
+        content,
+        eos=True,
+        num_workers=os.cpu_count() or 1,
+        shard_bytes=shard_tokens * BYTES_PER_TOKEN,
+    )
+    print(f"{folder}: {len(shards):,} tokens of {shards.n_documents:,} documents")
+    return shards

@@ -50,8 +50,7 @@ class TokenData(DataModule):
         self.shards.clear()
 
     def prepare_data(self) -> None:
-        if self.tokenizer is None:
-            raise ValueError(f"{type(self).__name__} tokenises text and has no tokenizer: give --tokenizer_dir")
+        validate_tokenizer(self.tokenizer)
         for split in ("train", "val"):
             self.shards[split] = prepare_shards(
                 self.shards_root() / f"{split}-{tokenizer_hash(self.tokenizer)[:12]}",
@@ -85,3 +84,11 @@ class TokenData(DataModule):
     def bytes_per_token(self, split: str = "val") -> float | None:
         self.setup()
         return self.shards[split].n_bytes / max(1, len(self.shards[split]))
+
+
+def validate_tokenizer(tokenizer: Any | None) -> None:
+    """ValueError if there is no tokenizer."""
+    if tokenizer is None:
+        raise ValueError(
+            "this data is text, and there is no tokenizer to turn it into tokens: give --tokenizer_dir FOLDER"
+        )

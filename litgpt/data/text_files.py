@@ -1,14 +1,19 @@
 """Plain text files as pretraining data."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from torch import Tensor
+
 from litgpt.data.base import cache_folder, is_writable, rank_and_world
 from litgpt.data.documents import TextRange, hash_files, hash_texts, hold_out_end, split_range
-from litgpt.data.pretraining import TokenData
+from litgpt.data.pretraining import TokenData, validate_tokenizer
+from litgpt.tokenizer import Tokenizer
+
+__all__ = ["TextFiles", "tokenize", "validate_tokenizer"]
 
 VAL_FRACTION = 0.1
 """Share of a single text file that is kept for validation."""
@@ -96,3 +101,8 @@ def text_files(path: Path, flag: str) -> list[Path]:
 def whole_file(path: Path) -> TextRange:
     """All of a text file as one document."""
     return TextRange(path, 0, path.stat().st_size)
+
+
+def tokenize(filename: str, tokenizer: Tokenizer) -> Iterator[Tensor]:
+    """Ids of a text file with the begin-of-text token, for scripts that tokenise by themselves."""
+    yield tokenizer.encode(whole_file(Path(filename)).text(), bos=True, eos=False)
