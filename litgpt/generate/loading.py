@@ -1,0 +1,57 @@
+"""A checkpoint folder as a model ready for inference on one device, in plain torch: Fabric's import costs seconds."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from litgpt.checkpoint.io import load_model_weights
+from litgpt.config import Config
+from litgpt.registry import ModelSpec, build_model
+
+_DTYPES = {"32": torch.float32, "64": torch.float64, "bf16": torch.bfloat16, "16": torch.float16}
+
+
+def default_device() -> torch.device:
+    """CUDA, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def parse_precision(precision: str | None, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:
+    """Dtype of the weights, and the one to compute in where that differs (autocast).
+
+    Args:
+        precision: `32-true`, `bf16-true`, `bf16-mixed` and so on. None: bf16-true, or 16-true on CUDA without bf16.
+        device: Where the model runs.
+    """
+    if precision is None:
+        has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
+        precision = "bf16-true" if has_bf16 else "16-true"
+    bits, _, kind = precision.partition("-")
+    if bits not in _DTYPES or kind not in ("true", "mixed", "") or (kind == "mixed" and "16" not in bits):
+        raise ValueError(
+            f"precision {precision!r} is not known: choose 32-true, bf16-true, 16-true, bf16-mixed, 16-mixed or 64-true"
+        )
+    return (torch.float32, _DTYPES[bits]) if kind == "mixed" else (_DTYPES[bits], None)
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Compute in `dtype` where that is safe; None changes nothing."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def load_model(
+    spec: ModelSpec, config: Config, checkpoint_dir: Path | str, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """The model of a checkpoint in evaluation mode; the weights are read once, straight from the mapped file."""
+    with torch.device("meta"):
+        model = build_model(spec, config)
+    load_model_weights(model, checkpoint_dir)
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        # its constructor computes buffers that no checkpoint holds
+        model = build_model(spec, config)
+        load_model_weights(model, checkpoint_dir)
+    return model.to(device=device, dtype=dtype).eval()
