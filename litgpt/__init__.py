@@ -40,7 +40,7 @@ _MODULE_OF = {
     "NextToken": "objective",
 }
 
-__all__ = [  # noqa: F822 - the names below come from __getattr__
+__all__ = [
     "GPT",
     "LLM",
     "MLP",
