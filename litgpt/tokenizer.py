@@ -184,8 +184,12 @@ class Tokenizer:
             if len(texts) == 1:
                 return [self.processor.encode(texts[0], add_special_tokens=False).ids]
             return [encoding.ids for encoding in self.processor.encode_batch_fast(texts, add_special_tokens=False)]
-        except UnicodeEncodeError:  # half a surrogate pair, as cut JSON texts have them
-            return self._encode_content([text.encode("utf-8", "replace").decode("utf-8") for text in texts])
+        except TypeError:
+            # Half a surrogate pair, as cut JSON texts have them, is no text for either library.
+            repaired = [text.encode("utf-8", "replace").decode("utf-8") for text in texts if isinstance(text, str)]
+            if len(repaired) != len(texts) or repaired == texts:
+                raise
+            return self._encode_content(repaired)
 
     def _frame(self, ids: list[int], bos: bool | None, eos: bool) -> list[int]:
         """Put around the ids of a text what belongs there."""
@@ -284,7 +288,8 @@ class Tokenizer:
             else:
                 n_ready = len(pending) if text else 0
             if n_ready:
-                yield decode(pending[:n_ready])
+                if piece := decode(pending[:n_ready]):
+                    yield piece
                 pending = pending[n_ready:]
                 decode = self._decode_inside
         if pending and (text := decode(pending)):
