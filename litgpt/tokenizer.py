@@ -250,7 +250,7 @@ class Tokenizer:
             token_stream: tensors of one or more ids, or plain ids.
             device: not needed; kept for scripts that pass it.
         """
-        ids = (i for tokens in token_stream for i in _as_list(tokens) if i not in self._special_ids)
+        ids = (i for tokens in token_stream for i in _as_list(tokens))
         return self._stream_byte_level(ids) if self._is_byte_level else self._stream_pieces(ids)
 
     @cached_property
@@ -266,7 +266,7 @@ class Tokenizer:
         byte_of = _byte_of_character()
         for i in ids:
             token = self.processor.id_to_token(i)
-            if token is None:
+            if token is None or i in self._special_ids:
                 continue
             if all(character in byte_of for character in token):
                 data = bytes(byte_of[character] for character in token)
@@ -281,12 +281,16 @@ class Tokenizer:
         pending: list[int] = []
         decode = self._decode  # until something is out, the pieces stand at the beginning
         for i in ids:
-            pending.append(i)
+            is_special = i in self._special_ids
+            if not is_special:
+                pending.append(i)
             text = decode(pending)
-            if text.endswith(REPLACEMENT):
-                n_ready = self._n_ready(pending, text, decode)
-            else:
+            if not text.endswith(REPLACEMENT):
                 n_ready = len(pending) if text else 0
+            elif is_special:  # sentencepiece starts afresh behind it, tokenizers does not see it
+                n_ready = len(pending) if self.backend == "sentencepiece" else 0
+            else:
+                n_ready = self._n_ready(pending, text, decode)
             if n_ready:
                 if piece := decode(pending[:n_ready]):
                     yield piece

@@ -542,6 +542,8 @@ def test_any_text_streams_as_it_is_decoded(tokenizers, text):
 
 @FUZZ
 @given(ids=st.lists(st.integers(0, 329), max_size=30))
+@example([197, 1, 131])  # BOS between the bytes of one character
+@example([230, 1, 1, 134, 176, 1])
 def test_any_ids_stream_as_they_are_decoded(tokenizers, ids):
     """Random ids are mostly broken UTF-8. The byte fallback of `tokenizers` is left out, see `decode_stream`."""
     byte_level, _, sentencepiece = tokenizers
