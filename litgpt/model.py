@@ -1,7 +1,7 @@
 """The GPT of litgpt: every architecture of the named configs in one file, made to be read, copied and changed.
 
-It needs torch and `config.py` beside it, nothing else. Data flows `embed -> decode -> unembed`; a variant overrides one of
-the three, or `loss`, or names another part: `class MyBlock(Block): attention_class = MyAttention`.
+It needs torch and `config.py` beside it, nothing else. Data flows `embed -> decode -> unembed`; a variant overrides one
+of the three, or `loss`, or names another part: `class MyBlock(Block): attention_class = MyAttention`.
 
 Letters used for shapes: B batch, T query tokens, S key tokens, C `n_embd`, hs head size, nh heads, G query groups,
 n `rope_n_elem`, E experts, V padded vocabulary.
@@ -9,7 +9,8 @@ n `rope_n_elem`, E experts, V padded vocabulary.
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,70 +25,51 @@ else:  # a copy in a fork takes the config.py beside it, never an installed one
     from config import Config, register_mlp, register_norm
 
 IGNORE_INDEX = -100
-LOSS_CHUNK_BYTES = 2**27
-"""Most bytes of float32 logits that training holds at a time."""
+LOSS_CHUNK_BYTES = 2**27  # most bytes of float32 logits that training holds at a time
 
 
 class ModelSize(NamedTuple):
-    """What a model weighs."""
+    """Parameters (tied ones count once), those that one token passes through, and training FLOPs a token."""
 
     total: int
-    """Parameters; tied ones count once."""
     active: int
-    """Parameters that one token passes through: of routed experts only the chosen ones."""
     flops_per_token: int
-    """Floating-point operations of one training token, forward and backward."""
 
 
 @dataclass
 class TokenMask:
-    """What is known of the tokens of a batch besides their order; absent parts restrict nothing."""
+    """What is known of the tokens of a batch besides their order; an absent part restricts nothing."""
 
-    real: Tensor | None = None
-    """`(B, T)` boolean, False = padding, which nobody attends to."""
-    segment_ids: Tensor | None = None
-    """`(B, T)` integers: tokens of different packed documents do not see each other."""
+    real: Tensor | None = None  # (B, T) boolean, False = padding, which nobody attends to
+    segment_ids: Tensor | None = None  # (B, T): tokens of different packed documents do not see each other
 
 
 @dataclass
 class Context:
     """What all blocks of one forward pass share. A variant that needs more adds fields in a subclass."""
 
-    positions: Tensor
-    """`(T,)` or `(B, T)`: where each token stands, for RoPE."""
-    cos: Tensor
-    """`(T, n)` or `(B, T, n)`, with a last dimension of 2 (global, local) where layers differ in their base."""
+    positions: Tensor  # (T,) or (B, T): where RoPE puts each token
+    cos: Tensor  # (T, n) or (B, T, n), with a last dimension of 2 (global, local) where layers differ in their base
     sin: Tensor
     mask: TokenMask | None = None
     input_pos: Tensor | None = None
     input_pos_maxp1: int | None = None
-    lm_head_chunk_size: int = 0
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer (or an encoder, with `causal: false`) as its config describes it.
-
-    Raises:
-        ValueError: If the config lacks a vocabulary size.
-    """
+    """A decoder-only transformer (or an encoder, with `causal: false`) as its config describes it."""
 
     block_class: type["Block"]  # set below to Block; a variant names its own
-    transformer: nn.ModuleDict
-    lm_head: nn.Linear
+    _kv_cache_length: int | None = None
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        if config.padded_vocab_size is None:
-            raise ValueError(f"The config {config.name!r} has no padded_vocab_size; give vocab_size")
         self.config = config
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
-                h=nn.ModuleList(self.block_class(config, block_idx) for block_idx in range(config.n_layer)),
-                ln_f=config.norm_class(config.n_embd, eps=config.norm_eps),
-            )
-        )
+        self.transformer = nn.ModuleDict()
+        self.transformer.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.transformer.h = nn.ModuleList(self.block_class(config, block_idx) for block_idx in range(config.n_layer))
+        self.transformer.ln_f = config.norm_class(config.n_embd, eps=config.norm_eps)
         self.tie_weights()
         self.max_seq_length = config.block_size
 
@@ -96,15 +78,13 @@ class GPT(nn.Module):
         """Builds the model of a named config; `kwargs` override its fields."""
         return cls(Config.from_name(name, **kwargs))
 
-    # ---- the four steps -------------------------------------------------------------------------------------------
-
     def embed(self, idx: Tensor, ctx: Context) -> Tensor:
         """Token ids `(B, T)` to the residual stream `(B, T, C)`."""
         x = self.transformer.wte(idx)  # (B, T, C)
         if self.config.scale_embeddings:
             # the published Gemma rounds the factor to the dtype of the activations
             x = x * torch.full((), self.config.n_embd**0.5, dtype=x.dtype, device=x.device)
-        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+        return F.dropout(x, self.config.dropout, self.training)
 
     def decode(self, x: Tensor, ctx: Context) -> Tensor:
         """Sends the residual stream `(B, T, C)` through the blocks."""
@@ -113,52 +93,38 @@ class GPT(nn.Module):
         return x
 
     def unembed(self, x: Tensor, ctx: Context) -> Tensor:
-        """Residual stream `(B, T, C)` to logits `(B, T, V)`: last norm, head, soft-capping."""
-        return self.cap(self.lm_head(self.transformer.ln_f(x)))
+        """Residual stream `(B, T, C)` to logits `(B, T, V)`: last norm, head, soft-capping (arXiv 2408.00118)."""
+        return do_softcapping(self.lm_head(self.transformer.ln_f(x)), self.config.final_logit_softcapping)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in float32; `targets` are already shifted and -100 is ignored. Nothing to predict gives 0."""
-        total = F.cross_entropy(
-            logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
-        return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+        """Mean cross-entropy in float32; `targets` are already shifted; -100 is ignored; no target at all gives 0."""
+        return summed_cross_entropy(logits, targets) / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
     def forward(
-        self,
-        idx: Tensor,
-        input_pos: Tensor | None = None,
-        input_pos_maxp1: int | None = None,
-        lm_head_chunk_size: int = 0,
-        *,
-        targets: Tensor | None = None,
-        mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-    ) -> Tensor | list[Tensor] | tuple[Tensor, Tensor]:
+        self, idx: Tensor, input_pos: Tensor | None = None, input_pos_maxp1: int | None = None,
+        lm_head_chunk_size: int = 0, *, targets: Tensor | None = None, mask: Tensor | None = None,
+        positions: Tensor | None = None, segment_ids: Tensor | None = None, logits_to_keep: int | Tensor = 0
+    ) -> Tensor | list[Tensor] | tuple[Tensor, Tensor]:  # fmt: skip
         """Logits of each token, or the summed loss when `targets` are given.
 
         Args:
             idx: `(B, T)` token ids.
-            input_pos: `(T,)`, or `(B, T)` with rows at different places: positions of `idx` in the KV cache, which is then
-                used. The positions of a row are consecutive.
-            input_pos_maxp1: How many cache slots are in use after this call. Lets attention leave out the rest; equal to T,
-                it says that the cache was empty.
+            input_pos: `(T,)`, or `(B, T)` with rows at different places: positions of `idx` in the KV cache, which is
+                then used. The positions of a row are consecutive.
+            input_pos_maxp1: How many cache slots are in use after this call, which lets attention leave out the rest;
+                equal to T, it says that the cache was empty.
             lm_head_chunk_size: When positive, logits come as a list of chunks of this many tokens.
             targets: `(B, T)` ids to predict, already shifted; -100 is ignored. The logits are then never built in full.
             mask: `(B, T)` boolean, True = real token. With a KV cache padding stands on the right.
             positions: `(T,)` or `(B, T)`, may be float: where RoPE puts the tokens, instead of their order.
             segment_ids: `(B, T)` document numbers of packed sequences, without a KV cache only.
-            logits_to_keep: Logits of the last so many tokens only; a `(B,)` tensor keeps one given token of each row. 0 = all.
+            logits_to_keep: Logits of the last so many tokens; a `(B,)` tensor keeps one token of each row; 0 keeps all.
 
         Returns:
             Logits `(B, T, V)`, a list of such chunks, or with `targets` the pair (sum of the losses in float32, count).
-
-        Raises:
-            ValueError: If the sequence is longer than `max_seq_length`, or `input_pos` does not fit `idx`.
-            TypeError: If `input_pos` is given and there is no KV cache.
+            ValueError for a text above `max_seq_length` or an unfit `input_pos`, TypeError without a KV cache for it.
         """
-        ctx = self.build_context(idx, input_pos, input_pos_maxp1, lm_head_chunk_size, mask, positions, segment_ids)
+        ctx = self.build_context(idx, input_pos, input_pos_maxp1, mask, positions, segment_ids)
         x = self.decode(self.embed(idx, ctx), ctx)  # (B, T, C)
         if targets is not None:
             return self.hidden_loss(x, targets, ctx)
@@ -171,125 +137,84 @@ class GPT(nn.Module):
         return self.unembed(x, ctx)
 
     def hidden_loss(self, x: Tensor, targets: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Sum of the cross-entropies and count of targets, from the residual stream `(B, T, C)`, in chunks of tokens.
-
-        A variant with an own `unembed` or `loss` gets those instead.
-        """
+        """Sum of the cross-entropies and count of targets; a variant with own `unembed` or `loss` gets those."""
         n = (targets != IGNORE_INDEX).sum()
         if type(self).unembed is not GPT.unembed or type(self).loss is not GPT.loss:
             return self.loss(self.unembed(x, ctx), targets).float() * n, n
         x, targets = self.transformer.ln_f(x).flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
         chunk = max(1, LOSS_CHUNK_BYTES // (4 * self.config.padded_vocab_size))
-        if type(self.lm_head) is nn.Linear and not torch.compiler.is_compiling():
-            head, cap = self.lm_head, self.config.final_logit_softcapping or 0.0
-            return ChunkedHeadLoss.apply(x, head.weight, head.bias, targets, cap, chunk), n
+        head, softcap = self.lm_head, self.config.final_logit_softcapping
+        if type(head) is nn.Linear and not torch.compiler.is_compiling():
+            return ChunkedHeadLoss.apply(x, head.weight, head.bias, targets, softcap, chunk), n
 
         def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
-            logits = self.cap(self.lm_head(x)).float()
-            return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+            return summed_cross_entropy(do_softcapping(head(x), softcap), targets)
 
-        chunks = list(zip(x.split(chunk), targets.split(chunk)))
-        if len(chunks) == 1 or not torch.is_grad_enabled():
-            return torch.stack([chunk_loss(*c) for c in chunks]).sum(), n
-        return torch.stack([checkpoint(chunk_loss, *c, use_reentrant=False) for c in chunks]).sum(), n
-
-    def cap(self, logits: Tensor) -> Tensor:
-        """Soft-caps the final logits where the config says so (Gemma 2, arXiv 2408.00118)."""
-        limit = self.config.final_logit_softcapping
-        return logits if limit is None else do_softcapping(logits, limit)
-
-    # ---- positions ------------------------------------------------------------------------------------------------
+        recompute = len(x) > chunk and torch.is_grad_enabled()
+        run = partial(checkpoint, chunk_loss, use_reentrant=False) if recompute else chunk_loss
+        return torch.stack([run(*c) for c in zip(x.split(chunk), targets.split(chunk))]).sum(), n
 
     @property
     def max_seq_length(self) -> int:
-        """Longest sequence that the position tables hold; at most `config.block_size`."""
+        """Longest sequence to be fed; at most `config.block_size`, where it starts."""
         return self._max_seq_length
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
         if value > self.config.block_size:
-            raise ValueError(
-                f"Cannot attend to {value} tokens, block size is only {self.config.block_size}."
-                " Shorten the sequence, or raise block_size in the model config"
-            )
+            limit = f"block size is only {self.config.block_size}; shorten the text or raise block_size in the config"
+            raise ValueError(f"Cannot attend to {value} tokens, {limit}")
         self._max_seq_length = value
-        if not hasattr(self, "cos") or self.cos.size(0) != value:
-            device = self.cos.device if hasattr(self, "cos") else None
-            cos, sin = self.rope_cache(device)
-            self.register_buffer("cos", cos, persistent=False)
-            self.register_buffer("sin", sin, persistent=False)
 
     def rope_cache(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Tables of cosines and sines `(max_seq_length, n)`, or `(max_seq_length, n, 2)` with a local base."""
-        positions = torch.arange(self.max_seq_length, device=device)
+        """Cosines and sines of all positions; a forward pass only works out those of its tokens, see `rope_tables`."""
+        positions = torch.arange(self.max_seq_length, device=device or self.transformer.wte.weight.device)
         return rope_tables(self.config, positions, self.max_seq_length)
+
+    cos = property(lambda self: self.rope_cache()[0], doc="The cosines of `rope_cache`.")
+    sin = property(lambda self: self.rope_cache()[1], doc="The sines of `rope_cache`.")
 
     def rope_cache_length(self) -> int:
         """Number of rotated elements `n` of a head."""
-        return self.cos.size(1)
-
-    def reset_parameters(self) -> None:
-        """Rebuilds the position tables, for example after `to_empty`."""
-        self.cos, self.sin = self.rope_cache(self.cos.device)
+        return self.config.rope_n_elem
 
     def build_context(
-        self,
-        idx: Tensor,
-        input_pos: Tensor | None = None,
-        input_pos_maxp1: int | None = None,
-        lm_head_chunk_size: int = 0,
-        mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-    ) -> Context:
+        self, idx: Tensor, input_pos: Tensor | None = None, input_pos_maxp1: int | None = None,
+        mask: Tensor | None = None, positions: Tensor | None = None, segment_ids: Tensor | None = None
+    ) -> Context:  # fmt: skip
         """Works out, once a forward pass, what all blocks share: positions, their cosines and sines, masks."""
-        T = idx.size(1)
+        length = T = idx.size(1)
         if self.max_seq_length < T:
             raise ValueError(f"Cannot forward sequence of length {T}, max seq length is only {self.max_seq_length}.")
-        length = T
         if input_pos is not None:
-            if input_pos.dim() > 2 or input_pos.shape[-1] != T or (input_pos.dim() == 2 and len(input_pos) != len(idx)):
-                raise ValueError(
-                    f"input_pos must be (T,) or (B, T) for idx {tuple(idx.shape)}, not {tuple(input_pos.shape)}"
-                )
-            length = self.kv_cache_length()
+            if input_pos.shape not in ((T,), idx.shape):
+                raise ValueError(f"input_pos {tuple(input_pos.shape)} does not fit idx {tuple(idx.shape)}")
+            if self._kv_cache_length is None:
+                raise TypeError("You need to call `gpt.set_kv_cache()` before passing `input_pos`")
+            length = self._kv_cache_length
             # a prefill must know where the cache ends; this waits for the device, once a prefill
             if input_pos_maxp1 is None and not torch.compiler.is_compiling() and (T > 1 or idx.device.type == "cpu"):
                 input_pos_maxp1 = int(input_pos.max()) + 1
             if input_pos_maxp1 is not None and input_pos_maxp1 > length:
                 raise ValueError(f"Position {input_pos_maxp1 - 1} is outside of the KV cache of {length} tokens")
         if positions is None:
-            positions = input_pos if input_pos is not None else default_positions(idx, mask, segment_ids)
-        if positions.is_floating_point() or is_longrope(self.config):
-            cos, sin = rope_tables(self.config, positions, length)
-        elif positions.dim() == 1 and input_pos is None:
-            cos, sin = self.cos[:T], self.sin[:T]
-        else:
-            cos, sin = self.cos[positions], self.sin[positions]
+            positions = token_positions(idx, mask, segment_ids) if input_pos is None else input_pos
+        cos, sin = rope_tables(self.config, positions, length)
         token_mask = None if mask is None and segment_ids is None else TokenMask(mask, segment_ids)
-        return Context(positions, cos, sin, token_mask, input_pos, input_pos_maxp1, lm_head_chunk_size)
-
-    # ---- KV cache -------------------------------------------------------------------------------------------------
+        return Context(positions, cos, sin, token_mask, input_pos, input_pos_maxp1)
 
     def set_kv_cache(
-        self,
-        batch_size: int,
-        max_seq_length: int | None = None,
-        rope_cache_length: int | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        """Gives each attention an empty cache of `max_seq_length` tokens (default: what the position tables hold)."""
-        if max_seq_length is None:
-            max_seq_length = self.max_seq_length
-        elif max_seq_length > self.max_seq_length:
-            self.max_seq_length = max_seq_length
+        self, batch_size: int, max_seq_length: int | None = None, rope_cache_length: int | None = None,
+        device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:  # fmt: skip
+        """Gives each attention an empty cache of `max_seq_length` tokens (default: the model's `max_seq_length`)."""
+        max_seq_length = max_seq_length or self.max_seq_length
+        self.max_seq_length = max(max_seq_length, self.max_seq_length)
         self._kv_cache_length = max_seq_length
         weight = self.transformer.wte.weight
+        where = dict(device=device or weight.device, dtype=dtype or weight.dtype)
         for block in self.transformer.h:
-            block.attn.kv_cache = block.attn.build_kv_cache(
-                batch_size, max_seq_length, rope_cache_length, device or weight.device, dtype or weight.dtype
-            )
+            block.attn.kv_cache = block.attn.build_kv_cache(batch_size, max_seq_length, rope_cache_length, **where)
 
     def clear_kv_cache(self) -> None:
         """Frees the caches."""
@@ -297,106 +222,74 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             block.attn.kv_cache = None
 
-    def kv_cache_length(self) -> int:
-        """Tokens that the cache holds.
-
-        Raises:
-            TypeError: If there is none.
-        """
-        if getattr(self, "_kv_cache_length", None) is None:
-            raise TypeError("You need to call `gpt.set_kv_cache()` before passing `input_pos`")
-        return self._kv_cache_length
-
-    # ---- weights --------------------------------------------------------------------------------------------------
-
-    def tie_weights(self) -> None:
-        """Makes head and embedding one parameter where the config says so."""
-        if self.config.tie_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
-
     def init_weights(self) -> None:
         """Draws new weights as GPT-NeoX does (arXiv 2204.06745); works on weights that `to_empty` left undefined.
 
-        Linear layers and embeddings are N(0, 2 / (5 C)), the projections back into the residual stream
-        N(0, 1 / (C L^2)), biases 0. A module of your own draws its weights in its `reset_parameters`.
+        Linear layers and embeddings are N(0, 2 / (5 C)), projections back into the residual stream N(0, 1 / (C L^2)),
+        biases 0. A module of your own draws its weights in its `reset_parameters`.
         """
         std = math.sqrt(2.0 / 5 / self.config.n_embd)
         std_proj = 1 / math.sqrt(self.config.n_embd) / self.config.n_layer
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, mean=0.0, std=std_proj if name.endswith(".proj") else std)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
-            elif module is not self and hasattr(module, "reset_parameters"):
+                self._init_weights(module, std_proj if name.endswith(".proj") else std)
+            elif hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         self.tie_weights()
-        self.reset_parameters()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """For `gpt.apply(gpt._init_weights)`: N(0, 0.02)."""
+    def _init_weights(self, module: nn.Module, std: float = 0.02) -> None:
+        """For `gpt.apply(gpt._init_weights)`: linear layers and embeddings from N(0, std^2), biases 0."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+            nn.init.normal_(module.weight, mean=0.0, std=std)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
     def get_nparams_and_flops(self, seq_len: int) -> ModelSize:
-        """Parameters, and training FLOPs a token at `seq_len`: 6 for each active weight but the embedding, and attention's
-        6 (d_qk + d_v) for each head, layer and visible position, where causality is not discounted (arXiv 2204.02311)."""
+        """Parameters and FLOPs (arXiv 2204.02311): 6 for each active weight but the embedding, and 6 (d_qk + d_v)
+        for each head, layer and position in reach at `seq_len`."""
         config = self.config
         total = sum(p.numel() for p in self.parameters())
-        experts = [p.numel() for n, p in self.named_parameters() if ".experts." in n]
-        active = total - sum(experts)
-        if experts:
-            active += sum(experts) * config.n_expert_per_token // config.n_expert
+        active = total
+        if routed := sum(p.numel() for n, p in self.named_parameters() if ".experts." in n):
+            active += routed * config.n_expert_per_token // config.n_expert - routed
         weights = active - (0 if config.tie_embeddings else self.transformer.wte.weight.numel())
         d_qk, d_v = config.head_size, config.head_size
         if config.latent_attention:
             d_qk, d_v = config.qk_head_dim, config.v_head_dim
-        windows = (layer_window(config, i) for i in range(config.n_layer))
-        visible = sum(min(seq_len, window or seq_len) for window in windows)
-        return ModelSize(total, active, 6 * weights + 6 * config.n_head * (d_qk + d_v) * visible)
+        reach = sum(min(seq_len, layer_window(config, i) or seq_len) for i in range(config.n_layer))
+        return ModelSize(total, active, 6 * weights + 6 * config.n_head * (d_qk + d_v) * reach)
+
+    def tie_weights(self) -> None:
+        """Makes head and embedding one parameter, if the config says so."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> "GPT":
-        """Keeps tied weights tied, and the position tables filled, when parameters move or leave the meta device."""
-        on_meta = "cos" in self._buffers and self.cos.is_meta
+        """Keeps tied weights tied when parameters are replaced, as on leaving the meta device."""
         super()._apply(fn, recurse)
-        if "transformer" in self._modules and "lm_head" in self._modules:
-            self.tie_weights()
-        if on_meta and not self.cos.is_meta:
-            self.reset_parameters()
+        self.tie_weights()
         return self
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """A tied checkpoint may lack the head; one whose head was trained apart is loaded untied, and says so."""
-        head, wte = state_dict.get(f"{prefix}lm_head.weight"), state_dict.get(f"{prefix}transformer.wte.weight")
-        if self.config.tie_embeddings and wte is not None:
-            if head is None:
-                state_dict[f"{prefix}lm_head.weight"] = wte
-            elif head.shape == wte.shape and not (head.is_meta or wte.is_meta) and not torch.equal(head, wte):
-                warnings.warn(
-                    "The checkpoint holds a head that differs from its embedding: loaded untied", stacklevel=2
-                )
-                self.config.tie_embeddings = False
-                self.lm_head.weight = nn.Parameter(self.lm_head.weight.detach().clone())
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch; `assign=True` fills a model on the meta device and leaves it complete."""
+        """As in torch. A tied checkpoint may lack the head; one whose head was trained apart is loaded untied."""
+        if self.config.tie_embeddings and (wte := state_dict.get("transformer.wte.weight")) is not None:
+            head = state_dict.get("lm_head.weight")
+            if head is None:
+                state_dict = {**state_dict, "lm_head.weight": wte}
+            elif head.shape == wte.shape and not head.is_meta and not torch.equal(head, wte):
+                warnings.warn("The checkpoint's head differs from its embedding: loaded untied", stacklevel=2)
+                self.config.tie_embeddings = False
+                self.lm_head.weight = nn.Parameter(torch.empty_like(self.lm_head.weight))
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        if assign:
-            self.tie_weights()
-            device = self.transformer.wte.weight.device
-            if self.cos.is_meta and device.type != "meta":
-                self.cos, self.sin = self.rope_cache(device)
+        self.tie_weights()
         return result
 
 
 class Block(nn.Module):
-    """Attention and MLP around the residual stream, one after the other or side by side."""
+    """Attention and MLP around the residual stream, one after the other or, with `parallel_residual`, side by side."""
 
     attention_class: type[nn.Module]  # set below to CausalSelfAttention; a variant names its own
-    mlp_class: type[nn.Module] | None = None
-    """None: what `config.mlp_class_name` says."""
+    mlp_class: type[nn.Module] | None = None  # None: the class that `config.mlp_class_name` names
 
     def __init__(self, config: Config, block_idx: int = 0) -> None:
         super().__init__()
@@ -408,56 +301,28 @@ class Block(nn.Module):
             attention_class = MultiheadLatentAttention
         dense = config.first_k_dense_replace is not None and block_idx < config.first_k_dense_replace
         mlp_class = self.mlp_class or (LLaMAMLP if dense else config.mlp_class)
-
-        def norm(wanted: bool) -> nn.Module:
-            return config.norm_class(config.n_embd, eps=config.norm_eps) if wanted else nn.Identity()
-
-        self.norm_1 = norm(config.norm_1)
+        norm = partial(config.norm_class, config.n_embd, eps=config.norm_eps)
+        self.norm_1 = norm() if config.norm_1 else nn.Identity()
         self.attn = attention_class(config, block_idx)
-        self.post_attention_norm = norm(config.post_attention_norm)
-        self.norm_2 = None if config.shared_attention_norm else norm(config.norm_2)
+        self.post_attention_norm = norm() if config.post_attention_norm else nn.Identity()
+        self.norm_2 = None if config.shared_attention_norm else norm() if config.norm_2 else nn.Identity()
         self.mlp = mlp_class(config)
-        self.post_mlp_norm = norm(config.post_mlp_norm)
+        self.post_mlp_norm = norm() if config.post_mlp_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor | None = None,
-        sin: Tensor | None = None,
-        mask: TokenMask | Tensor | None = None,
-        input_pos: Tensor | None = None,
-        input_pos_maxp1: int | None = None,
-    ) -> Tensor:
-        """`(B, T, C)` to `(B, T, C)`; what is not given follows from the config and the order of the tokens.
-
-        ```
-          x ------------.            x -----------------.
-          |             |            |          |       |
-        norm_1          |          norm_1     norm_2 (or norm_1 again)
-          |             |            |          |       |
-        attn            |          attn        mlp      |
-          |             |            |          |       |
-         (+) <----------'           (+) <-----------------
-          | -----------.             |
-        norm_2         |
-          |            |          parallel_residual
-         mlp           |
-          |            |
-         (+) <---------'
-        ```
-        """
+        self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, mask: TokenMask | Tensor | None = None,
+        input_pos: Tensor | None = None, input_pos_maxp1: int | None = None
+    ) -> Tensor:  # fmt: skip
+        """`(B, T, C)` to `(B, T, C)`; what is not given follows from the config and the order of the tokens."""
         normed = self.norm_1(x)  # (B, T, C)
-        attn = self.post_attention_norm(self.attn(normed, cos, sin, mask, input_pos, input_pos_maxp1))
-        attn = self.drop(attn)
+        attn = self.attn(normed, cos, sin, mask, input_pos, input_pos_maxp1)
+        attn = self.dropout(self.post_attention_norm(attn))
         if self.config.parallel_residual:
             normed = normed if self.norm_2 is None else self.norm_2(x)
-            return attn + self.drop(self.post_mlp_norm(self.mlp(normed))) + x
+            return attn + self.dropout(self.post_mlp_norm(self.mlp(normed))) + x
         x = x + attn
-        return x + self.drop(self.post_mlp_norm(self.mlp(self.norm_2(x))))
-
-    def drop(self, x: Tensor) -> Tensor:
-        """Dropout on what is added to the residual stream."""
-        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+        return x + self.dropout(self.post_mlp_norm(self.mlp(self.norm_2(x))))
 
 
 class CausalSelfAttention(nn.Module):
@@ -466,19 +331,19 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: Config, block_idx: int = 0) -> None:
         super().__init__()
         nh, G, hs = config.n_head, config.n_query_groups, config.head_size
-        self.qkv = nn.Linear(config.n_embd, (nh + 2 * G) * hs, bias=config.bias or config.attn_bias)
-        self.proj = nn.Linear(nh * hs, config.n_embd, bias=config.bias)
-        self.kv_cache: KVCache | None = None
         self.config = config
         self.block_idx = block_idx
-        self.window = layer_window(config, block_idx)
-        self.rope_index = config.rope_indices[block_idx] if config.rope_indices is not None else None
-        self.scale = 1.0 / math.sqrt(config.attention_scores_scalar or hs)
+        self.qkv = nn.Linear(config.n_embd, (nh + 2 * G) * hs, bias=config.bias or config.attn_bias)
+        self.proj = nn.Linear(nh * hs, config.n_embd, bias=config.bias)
         self.norm_q = self.norm_k = None
         if config.norm_qk:
             whole = config.norm_qk_type == "olmo2"  # over all heads at once, else over each head
             self.norm_q = config.norm_class(nh * hs if whole else hs, eps=config.norm_eps)
             self.norm_k = config.norm_class(G * hs if whole else hs, eps=config.norm_eps)
+        self.window = layer_window(config, block_idx)
+        self.scale = 1.0 / math.sqrt(config.attention_scores_scalar or hs)
+        self.cache_shape = (G, hs, hs)  # heads, width of the keys, width of the values
+        self.kv_cache: KVCache | None = None
 
     @property
     def attn(self) -> nn.Module:
@@ -486,344 +351,237 @@ class CausalSelfAttention(nn.Module):
         return self.qkv
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor | None = None,
-        sin: Tensor | None = None,
-        mask: TokenMask | Tensor | None = None,
-        input_pos: Tensor | None = None,
-        input_pos_maxp1: int | None = None,
-    ) -> Tensor:
+        self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, mask: TokenMask | Tensor | None = None,
+        input_pos: Tensor | None = None, input_pos_maxp1: int | None = None
+    ) -> Tensor:  # fmt: skip
         """Attention over `x` `(B, T, C)` and what the KV cache holds; see `GPT.forward` for the arguments.
-
-        A `mask` tensor, `(T, S)` or `(B, 1, T, S)` with True = may attend, takes the place of causality.
-        """
-        B, T, _ = x.shape
-        nh, G, hs = self.config.n_head, self.config.n_query_groups, self.config.head_size
-        cos, sin = self.select_rope(x, cos, sin, input_pos)
-        q, k, v = self.qkv(x).split((nh * hs, G * hs, G * hs), dim=-1)
-        if self.norm_q is not None and self.config.norm_qk_type == "olmo2":
-            q, k = self.norm_q(q), self.norm_k(k)
-        q, k, v = q.view(B, T, nh, hs), k.view(B, T, G, hs), v.view(B, T, G, hs)
-        if self.norm_q is not None and self.config.norm_qk_type != "olmo2":
-            q, k = self.norm_q(q), self.norm_k(k)
-        q = self.rotate(q, cos, sin).transpose(1, 2)  # (B, nh, T, hs)
-        k = self.rotate(k, cos, sin).transpose(1, 2)  # (B, G, T, hs)
-        v = v.transpose(1, 2)  # (B, G, T, hs)
-        y = self.attend(q, k, v, mask, input_pos, input_pos_maxp1)  # (B, T, nh, hs)
-        return self.proj(y.reshape(B, T, nh * hs))
-
-    def select_rope(
-        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, input_pos: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """This layer's cosines and sines, `(T, n)` or `(B, T, n)`, in the dtype that is rotated."""
+        A `mask` tensor, `(T, S)` or `(B, 1, T, S)` with True = may attend, takes the place of causality and window."""
         if cos is None:
             positions = torch.arange(x.size(1), device=x.device) if input_pos is None else input_pos
             cos, sin = rope_tables(self.config, positions, x.size(1))
-        if self.rope_index is not None and self.config.rope_local_base_freq is not None:
-            cos, sin = cos[..., self.rope_index], sin[..., self.rope_index]
+        if self.config.rope_local_base_freq is not None:
+            local = self.config.rope_indices[self.block_idx]
+            cos, sin = cos[..., local], sin[..., local]
         dtype = compute_dtype(x)
-        return cos.to(dtype), sin.to(dtype)
+        q, k, v = self.project(x, cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2))
+        y = self.attend(q, k, v, mask, input_pos, input_pos_maxp1)  # (B, T, nh, hs)
+        return self.proj(y.flatten(2))
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotates the first n elements of each head of `x` `(B, T, nh, hs)`."""
-        n = self.config.rope_n_elem
-        if n == 0:
-            return x
-        return rotate(x, cos.unsqueeze(-2), sin.unsqueeze(-2), self.config.rope_interleave, n)
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `(B, nh, T, hs)`, keys and values `(B, G, T, hs)` of `x`; `cos` and `sin` are `(.., T, 1, n)`."""
+        nh, G, hs = self.config.n_head, self.config.n_query_groups, self.config.head_size
+        q, k, v = self.qkv(x).split((nh * hs, G * hs, G * hs), dim=-1)
+        if self.norm_q is not None and self.config.norm_qk_type == "olmo2":
+            q, k = self.norm_q(q), self.norm_k(k)
+        q, k, v = q.unflatten(-1, (nh, hs)), k.unflatten(-1, (G, hs)), v.unflatten(-1, (G, hs))  # (B, T, heads, hs)
+        if self.norm_q is not None and self.config.norm_qk_type != "olmo2":
+            q, k = self.norm_q(q), self.norm_k(k)
+        q, k = (rotate(z, cos, sin, self.config.rope_interleave) for z in (q, k))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: TokenMask | Tensor | None,
-        input_pos: Tensor | None,
-        input_pos_maxp1: int | None,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, input_pos: Tensor | None, input_pos_maxp1: int | None
     ) -> Tensor:
-        """Stores `k` and `v` in the cache, if positions are given, and picks the cheapest mask that is right.
-
-        Args:
-            q: `(B, nh, T, hs)`
-            k: `(B, G, T, hs)`
-            v: `(B, G, T, hs)`
-
-        Returns:
-            `(B, T, nh, hs)`
-        """
-        T = q.size(2)
+        """Stores what `project` made in the cache, if there is one, and attends with the cheapest right mask."""
+        T, cache = q.size(2), self.kv_cache
         if input_pos is None:
-            return self.attend_block(q, k, v, mask)
-        if self.kv_cache is None:
-            raise TypeError("You need to call `gpt.set_kv_cache()`")
+            return self.attend_afresh(q, k, v, mask)
+        if cache is None:
+            raise TypeError("You need to call `gpt.set_kv_cache()` before passing `input_pos`")
         real = mask.real if isinstance(mask, TokenMask) else None
         if T > 1 and input_pos_maxp1 == T and not isinstance(mask, Tensor):  # prefill of an empty cache
-            self.kv_cache(input_pos, k, v, real)
-            return self.attend_block(q, k, v, None)
-        # a ring forgets keys that the first queries of a longer chunk still see: join the old and the new ones
-        old = (self.kv_cache.k, self.kv_cache.v) if self.kv_cache.is_ring and T > 1 else None
-        if old is not None:
-            k_pos = torch.cat((self.kv_cache.positions(input_pos[..., :1] - 1), input_pos), dim=-1)
-            k_all, v_all = torch.cat((old[0].to(k), k), dim=2), torch.cat((old[1].to(v), v), dim=2)
-            self.kv_cache(input_pos, k, v, real)
+            cache(input_pos, k, v, real)
+            return self.attend_afresh(q, k, v, None)
+        if cache.is_ring and T > 1:  # a ring forgets keys that the first queries of the chunk still see
+            k_pos = torch.cat((cache.positions(input_pos[..., :1] - 1), input_pos), dim=-1)
+            k_all = torch.cat((cache.k[: len(k)].to(k), k), dim=2)
+            v_all = torch.cat((cache.v[: len(v)].to(v), v), dim=2)
+            cache(input_pos, k, v, real)
         else:
-            k_all, v_all = self.kv_cache(input_pos, k, v, real)
-            if input_pos_maxp1 is not None:
-                k_all, v_all = k_all[:, :, :input_pos_maxp1], v_all[:, :, :input_pos_maxp1]
-            if T == 1 and input_pos.dim() == 1 and input_pos_maxp1 is not None and not isinstance(mask, Tensor):
-                if self.kv_cache.is_ring or self.window is None or self.window >= input_pos_maxp1:
-                    return self.scaled_dot_product_attention(q, k_all, v_all, is_causal=False)
-            k_pos = self.kv_cache.positions(input_pos[..., -1:])[..., : k_all.size(2)]
+            used = slice(0, input_pos_maxp1)
+            k_all, v_all = (z[:, :, used] for z in cache(input_pos, k, v, real))
+            if T == 1 and input_pos.dim() == 1 and input_pos_maxp1 is not None and mask is None:
+                return self.scaled_dot_product_attention(q, k_all, v_all, is_causal=False)  # all slots in use are seen
+            k_pos = cache.positions(input_pos[..., -1:])[..., used]
         if isinstance(mask, Tensor):
-            mask = mask[..., : k_all.size(2)]
-            return self.scaled_dot_product_attention(q, k_all, v_all, mask)
+            return self.scaled_dot_product_attention(q, k_all, v_all, mask[..., : k_all.size(2)])
         order = TokenOrder(input_pos, k_pos, self.config.causal, self.window)
         return attend_in_blocks(self.scaled_dot_product_attention, q, k_all, v_all, order)
 
-    def attend_block(self, q: Tensor, k: Tensor, v: Tensor, mask: TokenMask | Tensor | None) -> Tensor:
-        """Attention among the tokens of one block of text, which starts with no history."""
-        T = q.size(2)
+    def attend_afresh(self, q: Tensor, k: Tensor, v: Tensor, mask: TokenMask | Tensor | None) -> Tensor:
+        """Attention among tokens that have no history: `(B, T, nh, hs)`."""
+        T, causal, softcap = q.size(2), self.config.causal, self.config.attention_logit_softcapping
         window = None if self.window is None or self.window >= T else self.window
-        if isinstance(mask, Tensor):
-            if window is not None:
-                order = torch.arange(T, device=q.device)
-                mask = mask & TokenOrder(order, order, self.config.causal, window).visible(slice(0, T), slice(0, T))
-            return self.scaled_dot_product_attention(q, k, v, mask)
-        if mask is None and window is None and (self.config.attention_logit_softcapping is None or T == 1):
-            return self.scaled_dot_product_attention(q, k, v, is_causal=self.config.causal and T > 1)
+        if mask is None and window is None and (softcap is None or T == 1):
+            return self.scaled_dot_product_attention(q, k, v, is_causal=causal and T > 1)
         order = torch.arange(T, device=q.device)
-        mask = mask or TokenMask()
-        order = TokenOrder(order, order, self.config.causal, window, mask.real, mask.segment_ids, same_tokens=True)
+        if isinstance(mask, Tensor):
+            return self.scaled_dot_product_attention(q, k, v, mask)
+        order = TokenOrder(order, order, causal, window, mask or TokenMask(), same_tokens=True)
         return attend_in_blocks(self.scaled_dot_product_attention, q, k, v, order)
 
     def scaled_dot_product_attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool | None = None
     ) -> Tensor:
-        """The kernel: `q` `(B, nh, T, hs)`, `k` and `v` `(B, G, S, hs)`, boolean `mask` `(..., T, S)` to `(B, T, nh, hs)`.
-
-        Without a mask attention is causal, unless `is_causal` says otherwise. K and V are never expanded to nh heads.
-        """
+        """The kernel: `q` `(B, nh, T, hs)`, `k`, `v` `(B, G, S, hs)`, boolean `mask` `(.., T, S)` to `(B, T, nh, hs)`.
+        Without a mask attention is causal unless told otherwise. K and V are never expanded to nh heads."""
         B, nh, T, _ = q.shape
-        G = k.size(1)
+        G, softcap = k.size(1), self.config.attention_logit_softcapping
         is_causal = mask is None and T > 1 if is_causal is None else is_causal
         dropout = self.config.dropout if self.training else 0.0
-        softcap = self.config.attention_logit_softcapping
         if softcap is not None:
-            y = softcapped_attention(q, k, v, mask, is_causal, self.scale, softcap, dropout)
-        elif G != nh and T == 1 and (mask is None or mask.dim() < 3 or mask.size(1) == 1):
+            return softcapped_attention(q, k, v, mask, is_causal, self.scale, softcap, dropout).transpose(1, 2)
+        if nh != G and T == 1 and (mask is None or mask.dim() < 3 or mask.size(1) == 1):
             # the heads of a group are queries of one key head: no kernel need know of groups
             q = q.view(B, G, nh // G, -1)  # (B, G, nh / G, hs)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scale)
-            y = y.reshape(B, nh, 1, -1)
-        else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale, enable_gqa=G != nh
-            )
-        return y.transpose(1, 2)  # (B, T, nh, hs)
+            return y.reshape(B, 1, nh, -1)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale, enable_gqa=nh != G
+        )
+        return y.transpose(1, 2)
 
     def build_kv_cache(
-        self,
-        batch_size: int,
-        max_seq_length: int,
-        rope_cache_length: int | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> "KVCache":
+        self, batch_size: int, max_seq_length: int, rope_cache_length: int | None = None,
+        device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> "KVCache":  # fmt: skip
         """An empty cache for this layer: a ring where the window is shorter than `max_seq_length`."""
-        shape = (batch_size, self.config.n_query_groups, max_seq_length, self.config.head_size)
+        heads, *widths = self.cache_shape
+        shapes = [(batch_size, heads, max_seq_length, width) for width in widths]
         ring = self.window is not None and self.window < max_seq_length
-        return KVCache(shape, shape, device, dtype, is_sliding_window=ring, sliding_window_size=self.window)
+        return KVCache(*shapes, device, dtype, is_sliding_window=ring, sliding_window_size=self.window)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Takes checkpoints of old, whose `attn.attn` stores [q..q k v] group by group."""
-        nh, G, hs = self.config.n_head, self.config.n_query_groups, self.config.head_size
         for name in ("weight", "bias"):
-            old = state_dict.pop(f"{prefix}attn.{name}", None)
-            if old is not None:
-                groups = old.view(G, nh // G + 2, hs, *old.shape[1:])
-                parts = groups.split((nh // G, 1, 1), dim=1)
+            if (old := state_dict.pop(f"{prefix}attn.{name}", None)) is not None:
+                G, hs = self.config.n_query_groups, self.config.head_size
+                q_per_kv = self.config.n_head // G
+                parts = old.view(G, q_per_kv + 2, hs, *old.shape[1:]).split((q_per_kv, 1, 1), dim=1)
                 state_dict[f"{prefix}qkv.{name}"] = torch.cat([p.reshape(-1, *old.shape[1:]) for p in parts])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class MultiheadLatentAttention(CausalSelfAttention):
-    """Attention whose keys and values come from a small latent vector, which is all the cache keeps (arXiv 2405.04434)."""
+    """Attention whose keys and values come from a small latent, which is all the cache keeps (arXiv 2405.04434)."""
 
     def __init__(self, config: Config, block_idx: int = 0) -> None:
         nn.Module.__init__(self)
         self.config = config
         self.block_idx = block_idx
-        nh, C, bias = config.n_head, config.n_embd, config.attn_bias
-        self.window = layer_window(config, block_idx)
-        self.rope_index = None
-        self.q_width = nh * config.qk_head_dim
+        nh, C, rank = config.n_head, config.n_embd, config.kv_lora_rank
         if config.q_lora_rank:
-            self.q_a_proj = nn.Linear(C, config.q_lora_rank, bias=bias)
+            self.q_a_proj = nn.Linear(C, config.q_lora_rank, bias=config.attn_bias)
             self.q_a_norm = RMSNorm(config.q_lora_rank, eps=config.norm_eps)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, self.q_width, bias=config.bias)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, nh * config.qk_head_dim, bias=config.bias)
         else:
-            self.q_proj = nn.Linear(C, self.q_width, bias=config.bias)
-        self.kv_a_proj_with_mqa = nn.Linear(C, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
-        self.kv_a_norm = RMSNorm(config.kv_lora_rank, eps=config.norm_eps)
-        self.kv_b_proj = nn.Linear(
-            config.kv_lora_rank, nh * (config.qk_nope_head_dim + config.v_head_dim), bias=config.bias
-        )
-        self.proj = nn.Linear(nh * config.v_head_dim, C, bias=bias)
-        self.kv_cache: KVCache | None = None
+            self.q_proj = nn.Linear(C, nh * config.qk_head_dim, bias=config.bias)
+        self.kv_a_proj_with_mqa = nn.Linear(C, rank + config.qk_rope_head_dim, bias=config.attn_bias)
+        self.kv_a_norm = RMSNorm(rank, eps=config.norm_eps)
+        self.kv_b_proj = nn.Linear(rank, nh * (config.qk_nope_head_dim + config.v_head_dim), bias=config.bias)
+        self.proj = nn.Linear(nh * config.v_head_dim, C, bias=config.attn_bias)
+        self.window = layer_window(config, block_idx)
         self.scale = 1.0 / math.sqrt(config.attention_scores_scalar or config.qk_head_dim)
-        if (adjust := config.rope_adjustments or {}).get("mscale_all_dim"):
-            self.scale *= yarn_get_mscale(adjust["factor"], adjust["mscale_all_dim"]) ** 2
+        if (yarn := config.rope_adjustments or {}).get("mscale_all_dim"):
+            self.scale *= yarn_get_mscale(yarn["factor"], yarn["mscale_all_dim"]) ** 2
+        self.cache_shape = (1, rank, config.qk_rope_head_dim)
+        self.kv_cache: KVCache | None = None
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor | None = None,
-        sin: Tensor | None = None,
-        mask: TokenMask | Tensor | None = None,
-        input_pos: Tensor | None = None,
-        input_pos_maxp1: int | None = None,
-    ) -> Tensor:
-        """As `CausalSelfAttention.forward`."""
-        B, T, _ = x.shape
-        config, nh = self.config, self.config.n_head
-        nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
-        cos, sin = self.select_rope(x, cos, sin, input_pos)
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `(B, nh, T, nope + rope)`, latents `(B, 1, T, rank)` and rotary keys `(B, 1, T, rope)` of all heads."""
+        config, rope = self.config, self.config.qk_rope_head_dim
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if config.q_lora_rank else self.q_proj(x)
-        q_nope, q_rope = q.view(B, T, nh, config.qk_head_dim).split((nope, rope), dim=-1)
+        q = q.unflatten(-1, (config.n_head, -1))  # (B, T, nh, nope + rope)
+        q_nope, q_rope = q.split((config.qk_nope_head_dim, rope), dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((config.kv_lora_rank, rope), dim=-1)
-        latent = self.kv_a_norm(latent).unsqueeze(1)  # (B, 1, T, kv_lora_rank)
-        q_rope = self.rotate(q_rope, cos, sin)
-        k_rope = self.rotate(k_rope.unsqueeze(2), cos, sin).transpose(1, 2)  # (B, 1, T, rope)
-        q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)  # (B, nh, T, nope + rope)
-        y = self.attend(q, latent, k_rope, mask, input_pos, input_pos_maxp1)  # (B, T, nh, v_head_dim)
-        return self.proj(y.reshape(B, T, nh * config.v_head_dim))
+        q = torch.cat((q_nope, rotate(q_rope, cos, sin, config.rope_interleave)), dim=-1)
+        k_rope = rotate(k_rope.unsqueeze(2), cos, sin, config.rope_interleave)  # (B, T, 1, rope)
+        return q.transpose(1, 2), self.kv_a_norm(latent).unsqueeze(1), k_rope.transpose(1, 2)
 
     def scaled_dot_product_attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool | None = None
     ) -> Tensor:
-        """Kernel over the latent `k` `(B, 1, S, kv_lora_rank)` and the rotary key `v` `(B, 1, S, rope)`, shared by all heads.
-
-        A single query is moved into the latent space, which reads S x (kv_lora_rank + rope) numbers in all; more queries are
-        cheaper with keys and values built for each head.
-        """
-        config = self.config
-        B, nh, T, _ = q.shape
-        latent, k_rope, S = k, v, k.size(2)
-        nope, d_v, rank = config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
-        is_causal = mask is None and T > 1 if is_causal is None else is_causal
+        """The kernel over latents `k` `(B, 1, S, rank)` and rotary keys `v` `(B, 1, S, rope)`: `(B, T, nh, d_v)`.
+        A single query moves into the latent space; more are cheaper with keys and values built for each head."""
+        config, latent, k_rope = self.config, k, v
+        nh, nope, d_v = config.n_head, config.qk_nope_head_dim, config.v_head_dim
+        is_causal = mask is None and q.size(2) > 1 if is_causal is None else is_causal
         dropout = config.dropout if self.training else 0.0
-        if T == 1 and type(self.kv_b_proj) is nn.Linear and self.kv_b_proj.bias is None:
-            w_k, w_v = self.kv_b_proj.weight.to(q.dtype).view(nh, nope + d_v, rank).split((nope, d_v), dim=1)
-            q_nope, q_rope = q[:, :, 0].split((nope, config.qk_rope_head_dim), dim=-1)  # (B, nh, nope), (B, nh, rope)
-            q = torch.cat((torch.einsum("bhd,hdr->bhr", q_nope, w_k), q_rope), dim=-1).unsqueeze(
-                1
-            )  # (B, 1, nh, rank + rope)
+        if q.size(2) == 1 and type(self.kv_b_proj) is nn.Linear and self.kv_b_proj.bias is None:
+            w = self.kv_b_proj.weight.to(q.dtype).unflatten(0, (nh, nope + d_v))
+            q_nope, q_rope = q.transpose(1, 2).split((nope, config.qk_rope_head_dim), dim=-1)  # (B, 1, nh, ..)
+            q_latent = torch.einsum("bthd,hdr->bthr", q_nope, w[:, :nope])
+            q = torch.cat((q_latent, q_rope), dim=-1)  # (B, 1, nh, rank + rope)
             keys = torch.cat((latent, k_rope), dim=-1)  # (B, 1, S, rank + rope)
             y = F.scaled_dot_product_attention(q, keys, latent, attn_mask=mask, dropout_p=dropout, scale=self.scale)
-            return torch.einsum("bhr,hdr->bhd", y[:, 0], w_v).unsqueeze(1)  # (B, 1, nh, d_v)
-        kv = self.kv_b_proj(latent).view(B, S, nh, nope + d_v).transpose(1, 2)  # (B, nh, S, nope + d_v)
-        k_nope, v = kv.split((nope, d_v), dim=-1)
+            return torch.einsum("bthr,hdr->bthd", y, w[:, nope:])
+        kv = self.kv_b_proj(latent[:, 0]).unflatten(-1, (nh, nope + d_v)).transpose(1, 2)  # (B, nh, S, ..)
+        k_nope, v = kv.to(q.dtype).split((nope, d_v), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, nh, -1, -1)), dim=-1)  # (B, nh, S, nope + rope)
         y = F.scaled_dot_product_attention(
-            q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
         )
         return y.transpose(1, 2)
-
-    def build_kv_cache(
-        self,
-        batch_size: int,
-        max_seq_length: int,
-        rope_cache_length: int | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> "KVCache":
-        """A cache of the latent and of the rotary key, which all heads share."""
-        latent = (batch_size, 1, max_seq_length, self.config.kv_lora_rank)
-        rope = (batch_size, 1, max_seq_length, self.config.qk_rope_head_dim)
-        ring = self.window is not None and self.window < max_seq_length
-        return KVCache(latent, rope, device, dtype, is_sliding_window=ring, sliding_window_size=self.window)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        nn.Module._load_from_state_dict(self, *args, **kwargs)
 
 
 GPT.block_class = Block
 Block.attention_class = CausalSelfAttention
 
 
-# ---- attention over blocks of queries -----------------------------------------------------------------------------
-
-
 @dataclass
 class TokenOrder:
     """Who sees whom, as positions. Boolean masks are built from it for the block at hand, never T x T at once."""
 
-    q_pos: Tensor
-    """`(T,)` or `(B, T)`"""
-    k_pos: Tensor
-    """`(S,)` or `(B, S)`; a negative position is an empty slot"""
+    q_pos: Tensor  # (T,) or (B, T)
+    k_pos: Tensor  # (S,) or (B, S); a negative position is an empty slot
     causal: bool = True
     window: int | None = None
-    real: Tensor | None = None
-    segment_ids: Tensor | None = None
+    tokens: TokenMask = field(default_factory=TokenMask)
     same_tokens: bool = False
     """The keys are the queries' own tokens, in order: what lies ahead or behind the window need not be read."""
 
     def keys(self, rows: slice) -> slice:
         """The keys that the queries `rows` may need."""
-        if not self.same_tokens:
-            return slice(0, self.k_pos.size(-1))
-        start = 0 if self.window is None else max(0, rows.start - self.window + 1)
-        stop = rows.stop if self.causal else self.k_pos.size(-1)
-        if not self.causal and self.window is not None:
-            stop = min(stop, rows.stop + self.window - 1)
-        return slice(start, stop)
+        start, stop = 0, self.k_pos.size(-1)
+        if self.same_tokens and self.window is not None:
+            start, stop = max(0, rows.start - self.window + 1), min(stop, rows.stop + self.window - 1)
+        return slice(start, rows.stop if self.same_tokens and self.causal else stop)
 
     def visible(self, rows: slice, cols: slice) -> Tensor:
         """Boolean mask `(t, s)`, or `(B, 1, t, s)` where the rows of the batch differ."""
         q, k = self.q_pos[..., rows].unsqueeze(-1), self.k_pos[..., cols].unsqueeze(-2)
-        seen = k >= 0
-        seen = seen & (k <= q) if self.causal else seen.expand(*q.shape[:-1], k.size(-1))
+        seen = (k >= 0) & (k <= q if self.causal else k == k)
         if self.window is not None:
-            seen = seen & (k > q - self.window)
-            if not self.causal:
-                seen = seen & (k < q + self.window)
+            seen = seen & (k > q - self.window) & (k < q + self.window)
         if seen.dim() == 3:
             seen = seen.unsqueeze(1)  # (B, 1, t, s)
-        if self.real is not None:
-            # padding sees itself, so that no row of the softmax is empty
-            seen = (seen & self.real[:, None, None, cols]) | (q == k)
-        if self.segment_ids is not None:
-            seen = seen & (self.segment_ids[:, None, rows, None] == self.segment_ids[:, None, None, cols])
+        if (real := self.tokens.real) is not None:
+            seen = (seen & real[:, None, None, cols]) | (q == k)  # padding sees itself: no softmax is empty
+        if (segments := self.tokens.segment_ids) is not None:
+            seen = seen & (segments[:, None, rows, None] == segments[:, None, None, cols])
         return seen
 
 
 def attend_in_blocks(kernel: Any, q: Tensor, k: Tensor, v: Tensor, order: TokenOrder) -> Tensor:
-    """Runs `kernel(q, k, v, mask)` over blocks of queries, so that masks stay small and far keys are not read.
-
-    Args:
-        kernel: Takes `(B, nh, t, hs)`, `(B, G, s, hs)`, `(B, G, s, hs)` and a boolean mask, gives `(B, t, nh, hs)`.
-    """
+    """Runs `kernel(q, k, v, mask)` over blocks of queries, so that masks stay small and far keys are not read."""
     T, S = q.size(2), k.size(2)
-    if order.same_tokens and order.window is not None:
-        size = max(128, order.window // 4)
-    else:
-        size = max(16, 2**22 // S)
+    banded = order.same_tokens and order.window is not None
+    size = max(128, order.window // 4) if banded else max(16, 2**22 // S)
     blocks = []
     for start in range(0, T, size):
         rows = slice(start, min(start + size, T))
         cols = order.keys(rows)
         blocks.append(kernel(q[:, :, rows], k[:, :, cols], v[:, :, cols], order.visible(rows, cols)))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)  # (B, T, nh, hs)
 
 
 def softcapped_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, softcap: float, dropout: float
 ) -> Tensor:
-    """Attention with `softcap * tanh(scores / softcap)` and the softmax in float32: `(B, nh, T, hs)` (arXiv 2408.00118)."""
-    B, nh, T, hs = q.shape
+    """Attention with soft-capped scores and the softmax in float32: `(B, nh, T, hs)` (arXiv 2408.00118)."""
+    B, nh, T, _ = q.shape
     G, S = k.size(1), k.size(2)
-    scores = (q.reshape(B, G, nh // G * T, hs) @ k.transpose(-2, -1)).view(B, nh, T, S)
+    scores = (q.reshape(B, G, nh // G * T, -1) @ k.transpose(-2, -1)).view(B, nh, T, S)
     scores = do_softcapping(scores * scale, softcap)
     if is_causal:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
@@ -836,74 +594,52 @@ def softcapped_attention(
 class KVCache(nn.Module):
     """Keys and values of the tokens so far, written in place; with a sliding window a ring of the last ones.
 
-    A full cache keeps position p in slot p. A ring of W slots keeps it in slot p mod W, so that where a slot's token stands
-    follows from the row's last position alone and needs no bookkeeping.
+    A full cache keeps position p in slot p. A ring of W slots keeps it in slot p mod W, so that where a slot's token
+    stands follows from the row's last position alone and needs no bookkeeping.
     """
 
     def __init__(
-        self,
-        k_shape: tuple[int, int, int, int],
-        v_shape: tuple[int, int, int, int],
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        is_sliding_window: bool = False,
-        sliding_window_size: int | None = None,
-    ) -> None:
+        self, k_shape: tuple[int, int, int, int], v_shape: tuple[int, int, int, int],
+        device: torch.device | None = None, dtype: torch.dtype | None = None, is_sliding_window: bool = False,
+        sliding_window_size: int | None = None
+    ) -> None:  # fmt: skip
         super().__init__()
         self.is_ring = is_sliding_window
-        if is_sliding_window:
-            size = min(k_shape[2], sliding_window_size)
-            k_shape, v_shape = (*k_shape[:2], size, k_shape[3]), (*v_shape[:2], size, v_shape[3])
-        self.register_buffer("k", torch.zeros(k_shape, device=device, dtype=dtype), persistent=False)
-        self.register_buffer("v", torch.zeros(v_shape, device=device, dtype=dtype), persistent=False)
+        for name, (B, heads, S, width) in dict(k=k_shape, v=v_shape).items():
+            slots = min(S, sliding_window_size) if is_sliding_window else S
+            empty = torch.zeros(B, heads, slots, width, device=device, dtype=dtype)
+            self.register_buffer(name, empty, persistent=False)
 
     def forward(self, input_pos: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Writes `k` and `v` `(B, G, T, hs)` at `input_pos` `(T,)` or `(B, T)`; returns the whole buffers, `(B, G, S, hs)`.
-
-        Args:
-            real: `(B, T)` boolean; padding, which stands on the right of its row, is kept out of a ring.
-        """
+        """Writes `k` and `v` `(B, G, T, hs)` at `input_pos` `(T,)` or `(B, T)`; returns all slots, `(B, G, S, hs)`.
+        Padding, where `real` `(B, T)` is False, stands on the right of its row and is kept out of a ring."""
         if self.k.dtype != k.dtype:
             self.k, self.v = self.k.to(k.dtype), self.v.to(v.dtype)
-        n, T = k.size(0), input_pos.size(-1)
-        if self.is_ring and (T > 1 or real is not None):
-            return self._write_ring(input_pos, k, v, real)
-        slots = input_pos % self.k.size(2) if self.is_ring else input_pos
-        if input_pos.dim() == 1:
-            return self.k[:n].index_copy_(2, slots, k), self.v[:n].index_copy_(2, slots, v)
-        return batched_index_copy_(self.k[:n], 2, slots, k), batched_index_copy_(self.v[:n], 2, slots, v)
-
-    def _write_ring(self, input_pos: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        """For each slot, the newest token that belongs there: of this chunk, else what it holds."""
-        n = k.size(0)
-        first, last = input_pos[..., :1], input_pos[..., -1:]
+        k_slots, v_slots = self.k[: len(k)], self.v[: len(v)]
+        if not self.is_ring or (k.size(2) == 1 and real is None):
+            slots = input_pos % self.k.size(2) if self.is_ring else input_pos
+            return batched_index_copy_(k_slots, 2, slots, k), batched_index_copy_(v_slots, 2, slots, v)
+        # each slot takes the newest token of the chunk that belongs there, or keeps what it holds
+        last = input_pos[..., -1:]
         if real is not None:
-            last = first + real.sum(dim=-1, keepdim=True) - 1
-        source = self.positions(last) - first  # (W,) or (B, W): place in the chunk
-        source = source.expand(n, -1)[:, None, :, None]  # (B, 1, W, 1)
-        for buffer, update in ((self.k, k), (self.v, v)):
-            take = source.clamp(0, k.size(2) - 1).expand(-1, update.size(1), -1, update.size(3))
-            fresh = update.gather(2, take)
-            buffer[:n] = torch.where(source >= 0, fresh, buffer[:n])
-        return self.k[:n], self.v[:n]
+            last = input_pos[..., :1] + real.sum(dim=-1, keepdim=True) - 1
+        source = self.positions(last) - input_pos[..., :1]  # (W,) or (B, W): place in the chunk
+        source = source.expand(len(k), -1)[:, None, :, None]  # (B, 1, W, 1)
+        for slots, new in ((k_slots, k), (v_slots, v)):
+            take = source.clamp(0, new.size(2) - 1).expand(-1, new.size(1), -1, new.size(3))
+            slots.copy_(torch.where(source >= 0, new.gather(2, take), slots))
+        return k_slots, v_slots
 
     def positions(self, last: Tensor) -> Tensor:
         """Position of the token in each slot, `(S,)` or `(B, S)`, when `last` `(1,)` or `(B, 1)` was written last.
-
-        Empty slots of a ring are negative; those of a full cache lie ahead of every query.
-        """
+        Empty slots of a ring are negative, those of a full cache lie ahead of every query."""
         slots = torch.arange(self.k.size(2), device=self.k.device)
-        if not self.is_ring:
-            return slots
-        return last - (last - slots) % self.k.size(2)
+        return last - (last - slots) % self.k.size(2) if self.is_ring else slots
 
     def reset_parameters(self) -> None:
         """Forgets everything."""
         self.k.zero_()
         self.v.zero_()
-
-
-# ---- MLPs ---------------------------------------------------------------------------------------------------------
 
 
 @register_mlp
@@ -918,7 +654,6 @@ class GptNeoxMLP(nn.Module):
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, T, C)` to `(B, T, C)`."""
         return self.proj(F.gelu(self.fc(x), approximate=self.config.gelu_approximate))
 
 
@@ -935,27 +670,22 @@ class LLaMAMLP(nn.Module):
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, T, C)` to `(B, T, C)`."""
         x = x.to(compute_dtype(x))  # one cast for both layers
-        return self.proj(self.act(self.fc_1(x)) * self.fc_2(x))
-
-    def act(self, x: Tensor) -> Tensor:
-        """The gate's nonlinearity."""
-        return F.silu(x)
+        return self.proj(F.silu(self.fc_1(x)) * self.fc_2(x))
 
 
 @register_mlp
 class GemmaMLP(LLaMAMLP):
     """The gated MLP with a GELU."""
 
-    def act(self, x: Tensor) -> Tensor:
-        """The gate's nonlinearity."""
-        return F.gelu(x, approximate=self.config.gelu_approximate)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(compute_dtype(x))
+        return self.proj(F.gelu(self.fc_1(x), approximate=self.config.gelu_approximate) * self.fc_2(x))
 
 
 @register_mlp
 class MLP(nn.Module):
-    """A gated MLP to start your own from: fields `fc_1`, `act`, `fc_2`; `fc_2(act(fc_1(x)))`."""
+    """Two linear layers with an activation between them, to start your own from."""
 
     def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
         super().__init__()
@@ -966,7 +696,6 @@ class MLP(nn.Module):
         self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, T, C)` to `(B, T, C)`."""
         return self.fc_2(self.act(self.fc_1(x)))
 
 
@@ -980,10 +709,8 @@ class LLaMAMoE(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         width = config.moe_intermediate_size or config.intermediate_size
-        if config.n_expert_groups:
-            self.gate: nn.Module = GroupedTopkRouter(config)
-        else:
-            self.gate = nn.Linear(config.n_embd, config.n_expert, bias=False)
+        router = partial(nn.Linear, config.n_embd, config.n_expert, bias=False)
+        self.gate = GroupedTopkRouter(config) if config.n_expert_groups else router()
         self.experts = nn.ModuleList(LLaMAMLP(config, width) for _ in range(config.n_expert))
         if config.n_shared_expert:
             self.shared_experts = LLaMAMLP(config, width * config.n_shared_expert)
@@ -1051,16 +778,9 @@ class GroupedTopkRouter(nn.Module):
         return weights * self.config.routed_scaling_factor, experts
 
 
-# ---- norms --------------------------------------------------------------------------------------------------------
-
-
 @register_norm
 class RMSNorm(nn.Module):
-    """Root mean square norm, in float32 inside (arXiv 1910.07467).
-
-    Args:
-        add_unit_offset: The weight is stored minus one (Gemma).
-    """
+    """Root mean square norm, in float32 inside (arXiv 1910.07467); a unit offset stores the weight minus one."""
 
     def __init__(self, size: int, dim: int = -1, eps: float = 1e-6, add_unit_offset: bool = False) -> None:
         super().__init__()
@@ -1077,97 +797,57 @@ class RMSNorm(nn.Module):
         return (wide * weight).to(dtype=x.dtype)
 
     def reset_parameters(self) -> None:
-        """Makes the norm leave the scale alone."""
         nn.init.constant_(self.weight, 0.0 if self.add_unit_offset else 1.0)
 
 
 register_norm(nn.LayerNorm)
 
 
-# ---- rotary positions ---------------------------------------------------------------------------------------------
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False, n: int | None = None) -> Tensor:
-    """Rotates the first `n` elements of the last dimension of `x`; `cos` and `sin` broadcast against it (arXiv 2104.09864).
-
-    Args:
-        interleave: Partners are neighbours in `x`, not half a head apart; they leave half a head apart.
-    """
-    n = cos.size(-1) if n is None else n
-    half = n // 2
-    if interleave:
-        x1, x2 = x[..., 0:n:2], x[..., 1:n:2]
-    else:
-        x1, x2 = x[..., :half], x[..., half:n]
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -> Tensor:
+    """Rotates the first n elements of the last dimension; `cos` and `sin` `(.., n)` broadcast (arXiv 2104.09864).
+    Partners are half of n apart; with `interleave` they come as neighbours and leave half of n apart (DeepSeek)."""
+    n, half = cos.size(-1), cos.size(-1) // 2
+    x1, x2 = (x[..., 0:n:2], x[..., 1:n:2]) if interleave else (x[..., :half], x[..., half:n])
     c, s = cos[..., :half], sin[..., :half]
     parts = [x1 * c - x2 * s, x2 * c + x1 * s]
     return torch.cat([*parts, x[..., n:]] if n < x.size(-1) else parts, dim=-1)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -> Tensor:
     """Rotates `x` `(B, nh, T, n)` by `cos` and `sin` `(T, n)` or `(B, T, n)`, in the dtype of `x`."""
     if cos.dim() == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (B, 1, T, n)
-    return rotate(x, cos, sin).to(x.dtype)
+    return rotate(x, cos, sin, interleave).to(x.dtype)
 
 
-def apply_rope_interleave(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `apply_rope`, for partners that are neighbours in `x`; the result has them half a head apart (DeepSeek)."""
-    if cos.dim() == 3:
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return rotate(x, cos, sin, interleave=True).to(x.dtype)
-
-
-def is_longrope(config: Config) -> bool:
-    """Whether the rotary frequencies depend on the length of the text (LongRoPE)."""
-    return bool(config.rope_adjustments) and "long_factor" in config.rope_adjustments
+apply_rope_interleave = partial(apply_rope, interleave=True)
 
 
 def rope_tables(config: Config, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `(..., n)` of any positions, also fractional; `(..., n, 2)` with a local base."""
-    return rope_at(
-        positions,
-        config.rope_n_elem,
-        config.rope_base,
-        config.rope_condense_ratio,
-        config.rope_adjustments,
-        config.rope_local_base_freq,
-        length,
-    )
+    """Cosines and sines `(.., n)` of any positions, also fractional; LongRoPE asks for the length of the text."""
+    return build_rope_cache(
+        length, config.rope_n_elem, positions.device, config.rope_base, config.rope_condense_ratio,
+        config.rope_adjustments, config.rope_local_base_freq, positions=positions
+    )  # fmt: skip
 
 
 def build_rope_cache(
-    seq_len: int,
-    n_elem: int,
-    device: torch.device | None = None,
-    base: int = 10000,
-    condense_ratio: int = 1,
-    extra_config: dict | None = None,
-    rope_local_base_freq: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `(seq_len, n_elem)` of positions 0..seq_len-1, or `(seq_len, n_elem, 2)` with a local base."""
-    positions = torch.arange(seq_len, device=device)
-    return rope_at(positions, n_elem, base, condense_ratio, extra_config, rope_local_base_freq, seq_len)
+    seq_len: int, n_elem: int, device: torch.device | None = None, base: float = 10000, condense_ratio: int = 1,
+    extra_config: dict | None = None, rope_local_base_freq: float | None = None, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Cosines and sines `(.., n_elem)` of `positions` (default: all, 0..seq_len-1), in float32.
 
-
-def rope_at(
-    positions: Tensor,
-    n_elem: int,
-    base: float,
-    condense_ratio: int,
-    extra_config: dict | None,
-    local_base: float | None,
-    length: int,
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of `positions`; see `rope_frequencies` for `extra_config` and `length`."""
-    freqs, factor = rope_frequencies(n_elem, base, extra_config, length, positions.device)
-    angles = positions.float().unsqueeze(-1) / condense_ratio * freqs
-    angles = torch.cat((angles, angles), dim=-1)  # (..., n)
+    With a local base they are `(.., n_elem, 2)`: global, local. See `rope_frequencies` for `extra_config`.
+    """
+    positions = torch.arange(seq_len, device=device) if positions is None else positions
+    freqs, factor = rope_frequencies(n_elem, base, extra_config, seq_len, positions.device)
+    angles = (positions.float() / condense_ratio).unsqueeze(-1) * freqs
+    angles = torch.cat((angles, angles), dim=-1)  # (.., n)
     cos, sin = angles.cos() * factor, angles.sin() * factor
-    if local_base is None:
+    if rope_local_base_freq is None:
         return cos, sin
-    local = rope_at(positions, n_elem, local_base, condense_ratio, None, None, length)
-    return torch.stack((cos, local[0]), dim=-1), torch.stack((sin, local[1]), dim=-1)  # (..., n, 2)
+    local = build_rope_cache(seq_len, n_elem, device, rope_local_base_freq, condense_ratio, positions=positions)
+    return torch.stack((cos, local[0]), dim=-1), torch.stack((sin, local[1]), dim=-1)
 
 
 def rope_frequencies(
@@ -1175,7 +855,7 @@ def rope_frequencies(
 ) -> tuple[Tensor, float]:
     """Angle per position of each of the n / 2 pairs, in float32, and the factor on cosines and sines.
 
-    `extra_config` picks the method by its keys: `factor` alone divides all frequencies (arXiv 2306.15595);
+    The keys of `extra_config` pick the method: `factor` alone divides all frequencies (arXiv 2306.15595);
     `low_freq_factor, high_freq_factor` is Llama 3's; `beta_fast, beta_slow` is YaRN (arXiv 2309.00071);
     `short_factor, long_factor` is LongRoPE (arXiv 2402.13753), where `length` decides between the two.
     """
@@ -1183,14 +863,15 @@ def rope_frequencies(
     if not extra_config:
         return freqs, 1.0
     factor, original = extra_config.get("factor"), extra_config.get("original_max_seq_len")
+    scale = extra_config.get("attention_factor")
     if "long_factor" in extra_config:
-        kind = "long_factor" if length > original else "short_factor"
-        scale = extra_config.get("attention_factor")
+        divisors = extra_config["long_factor" if length > original else "short_factor"]
         if scale is None:
             scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        return freqs / torch.tensor(extra_config[kind], device=device, dtype=torch.float32), scale
+        return freqs / torch.tensor(divisors, device=device, dtype=torch.float32), scale
     if "beta_fast" in extra_config:
-        return yarn_frequencies(freqs, n_elem, base, extra_config)
+        slow, yarn_scale = yarn_ramp(n_elem, base, extra_config, freqs)
+        return freqs * (1 - slow) + freqs / factor * slow, yarn_scale if scale is None else scale
     if "low_freq_factor" in extra_config:
         low, high = extra_config["low_freq_factor"], extra_config["high_freq_factor"]
         turns = original * freqs / (2 * math.pi)  # how often a pair turns in the original context
@@ -1199,27 +880,18 @@ def rope_frequencies(
     return freqs / factor, 1.0
 
 
-def yarn_frequencies(freqs: Tensor, n_elem: int, base: float, extra_config: dict) -> tuple[Tensor, float]:
-    """YaRN: pairs that turn often keep their frequency, slow ones are divided by `factor`, with a ramp between."""
-    factor, original = extra_config["factor"], extra_config["original_max_seq_len"]
-
-    def pair_that_turns(times: float) -> float:
-        return n_elem * math.log(original / (times * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = pair_that_turns(extra_config["beta_fast"]), pair_that_turns(extra_config["beta_slow"])
+def yarn_ramp(n_elem: int, base: float, extra_config: dict, freqs: Tensor) -> tuple[Tensor, float]:
+    """How much of each pair YaRN interpolates, from 0 for those that turn often to 1 for slow ones; and its scale."""
+    wavelengths = [extra_config["original_max_seq_len"] / extra_config[key] for key in ("beta_fast", "beta_slow")]
+    low, high = (n_elem * math.log(w / (2 * math.pi)) / (2 * math.log(base)) for w in wavelengths)  # pairs of those
     if extra_config.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, n_elem - 1)
-    ramp = (torch.arange(len(freqs), device=freqs.device).float() - low) / max(high - low, 0.001)
-    divided = ramp.clamp(0, 1)  # 0: fast pair, 1: slow pair
-    scale = extra_config.get("attention_factor")
-    if scale is None:
-        mscale, mscale_all_dim = extra_config.get("mscale"), extra_config.get("mscale_all_dim")
-        if mscale and mscale_all_dim:
-            scale = yarn_get_mscale(factor, mscale) / yarn_get_mscale(factor, mscale_all_dim)
-        else:
-            scale = yarn_get_mscale(factor)
-    return freqs / factor * divided + freqs * (1 - divided), scale
+    slow = ((torch.arange(len(freqs), device=freqs.device) - low) / max(high - low, 0.001)).clamp(0, 1)
+    factor, mscale, all_dim = (extra_config.get(key) for key in ("factor", "mscale", "mscale_all_dim"))
+    if mscale and all_dim:
+        return slow, yarn_get_mscale(factor, mscale) / yarn_get_mscale(factor, all_dim)
+    return slow, yarn_get_mscale(factor)
 
 
 def yarn_get_mscale(scale: float = 1, mscale: float = 1) -> float:
@@ -1227,65 +899,52 @@ def yarn_get_mscale(scale: float = 1, mscale: float = 1) -> float:
     return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
 
 
-def default_positions(idx: Tensor, mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+def token_positions(idx: Tensor, mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
     """Position of each token of `idx` `(B, T)` in its text: `(T,)`, or `(B, T)` where padding or packing shifts it."""
     order = torch.arange(idx.size(1), device=idx.device)
     if segment_ids is not None:
         starts = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
         return order - (order * starts).cummax(dim=1)[0]  # (B, T)
-    if mask is not None:
-        return (mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
-    return order
-
-
-# ---- small parts --------------------------------------------------------------------------------------------------
+    return order if mask is None else (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 class ChunkedHeadLoss(torch.autograd.Function):
-    """Summed cross-entropy of a linear head, in chunks of tokens, with the gradients worked out on the way.
-
-    The logits of a chunk are at hand once, in the forward pass; making the gradients there (arXiv 2410.10989) saves both
-    keeping the logits and building them again, a third of the head's work.
-    """
+    """Summed cross-entropy of a linear head in chunks of tokens, whose gradients are made while the logits are at hand
+    (arXiv 2410.10989): keeping the logits costs memory, and building them again a third of the head's work."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, chunk: int
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None, chunk: int
     ) -> Tensor:
-        """`x` `(N, C)`, `weight` `(V, C)`, `targets` `(N,)` to the summed loss in float32; `softcap` 0 = none."""
+        """`x` `(N, C)`, `weight` `(V, C)`, `targets` `(N,)` to the summed loss in float32."""
         dtype = compute_dtype(x)
-        w = weight.to(dtype)
-        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+        need_x, need_w = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if need_x else None
         grad_w = grad_b = None
         with torch.autocast(x.device.type, enabled=False):
             for i in range(0, len(x), chunk):
-                xc, tc = x[i : i + chunk].to(dtype), targets[i : i + chunk]
-                logits = F.linear(xc, w, None if bias is None else bias.to(dtype)).float()  # (chunk, V)
-                if softcap:
-                    logits = do_softcapping(logits, softcap)
-                real = (tc != IGNORE_INDEX).unsqueeze(1)
-                picked = tc.clamp(min=0).unsqueeze(1)
+                xc, tc = x[i : i + chunk].to(dtype), targets[i : i + chunk].unsqueeze(1)
+                real, picked = tc != IGNORE_INDEX, tc.clamp(min=0)  # (chunk, 1)
+                logits = do_softcapping(F.linear(xc, w, b).float(), softcap)  # (chunk, V)
                 lse = logits.logsumexp(dim=1, keepdim=True)
                 total += ((lse - logits.gather(1, picked)) * real).sum()
-                if not (need_x or need_w or need_b):
+                if not (need_x or need_w):
                     continue
-                slope = (1 - (logits / softcap).square()) if softcap else None
-                grad = logits.sub_(lse).exp_()  # softmax, in place
-                grad.scatter_add_(1, picked, torch.full_like(lse, -1.0))
-                if slope is not None:
-                    grad *= slope
-                grad = (grad * real).to(dtype) if not bool(real.all()) else grad.to(dtype)
+                slope = 1 - (logits / softcap).square() if softcap else None
+                # softmax minus one-hot, in place; an infinite norm makes the rows without a target 0
+                lse = lse.masked_fill(~real, float("inf"))
+                grad = logits.sub_(lse).exp_().scatter_add_(1, picked, -real.float())
+                grad = (grad if slope is None else grad * slope).to(dtype)
                 if need_x:
                     grad_x[i : i + chunk] = grad @ w
                 if need_w:
                     part = grad.t() @ xc
                     grad_w = part.to(weight.dtype) if grad_w is None else grad_w.add_(part)
-                if need_b:
-                    part = grad.sum(dim=0, dtype=torch.float32)
-                    grad_b = part if grad_b is None else grad_b + part
-        ctx.save_for_backward(grad_x, grad_w, grad_b if grad_b is None else grad_b.to(bias.dtype))
+                    if bias is not None:
+                        grad_b = grad.sum(dim=0, dtype=torch.float32) + (0 if grad_b is None else grad_b)
+        ctx.save_for_backward(grad_x, grad_w, None if grad_b is None else grad_b.to(bias.dtype))
         return total
 
     @staticmethod
@@ -1293,6 +952,12 @@ class ChunkedHeadLoss(torch.autograd.Function):
         """Scales the gradients that the forward pass left."""
         grads = [None if g is None else g * grad_output.to(g.dtype) for g in ctx.saved_tensors]
         return (*grads, None, None, None)
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross-entropies of `logits` `(.., V)` in float32, where `targets` `(..)` are not -100."""
+    logits = logits.float().flatten(0, -2)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -1303,34 +968,30 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def layer_window(config: Config, block_idx: int) -> int | None:
     """Sliding window of one layer, or None where it sees everything."""
-    if config.sliding_window_size is None or not config.sliding_window_indices[block_idx]:
-        return None
-    return config.sliding_window_size
+    windowed = config.sliding_window_size is not None and config.sliding_window_indices[block_idx]
+    return config.sliding_window_size if windowed else None
 
 
-def do_softcapping(x: Tensor, thresh: float) -> Tensor:
-    """Squeezes `x` smoothly into (-thresh, thresh)."""
-    return torch.tanh(x / thresh) * thresh
+def do_softcapping(x: Tensor, thresh: float | None) -> Tensor:
+    """Squeezes `x` smoothly into (-thresh, thresh); None leaves it."""
+    return x if thresh is None else torch.tanh(x / thresh) * thresh
 
 
 def batched_index_select(t: Tensor, dim: int, idx: Tensor) -> Tensor:
-    """`index_select` along `dim` with other indices `idx` `(B, n)` for each row of `t`, whose first dimension is B."""
-    if idx.dim() == 1:
-        return t.index_select(dim, idx)
-    if dim == 0:  # rows of a table that all share
-        return t[idx]
-    shape = [1] * t.dim()
-    shape[0], shape[dim] = idx.shape
-    return t.gather(dim, idx.view(shape).expand(*t.shape[:dim], idx.size(1), *t.shape[dim + 1 :]))
+    """`index_select` along `dim` with `idx` `(n,)`, or `(B, n)` for other indices in each of the B rows of `t`."""
+    if idx.dim() == 1 or dim == 0:
+        return t.index_select(dim, idx) if idx.dim() == 1 else t[idx]
+    return t.gather(dim, spread(idx, dim, (*t.shape[:dim], idx.size(1), *t.shape[dim + 1 :])))
 
 
 def batched_index_copy_(t: Tensor, dim: int, idx: Tensor, val: Tensor) -> Tensor:
-    """`index_copy_` along `dim` with other indices `idx` `(B, n)` for each row of `t`, in place."""
-    if idx.dim() == 1:
-        return t.index_copy_(dim, idx, val)
-    shape = [1] * t.dim()
-    shape[0], shape[dim] = idx.shape
-    return t.scatter_(dim, idx.view(shape).expand_as(val), val)
+    """`index_copy_` along `dim` with `idx` `(n,)`, or `(B, n)` for other indices in each of the B rows of `t`."""
+    return t.index_copy_(dim, idx, val) if idx.dim() == 1 else t.scatter_(dim, spread(idx, dim, val.shape), val)
+
+
+def spread(idx: Tensor, dim: int, shape: tuple[int, ...]) -> Tensor:
+    """`idx` `(B, n)` as a view of `shape`, with its rows along dimension 0 and its columns along `dim`."""
+    return idx.view(len(idx), *([1] * (dim - 1)), -1, *([1] * (len(shape) - dim - 1))).expand(shape)
 
 
 def build_mask_cache(max_seq_length: int, device: torch.device | None = None) -> Tensor:
