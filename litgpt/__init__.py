@@ -4,7 +4,6 @@ Every name is imported when it is first touched, so that `import litgpt` itself 
 """
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -74,7 +73,8 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != module_name:
             raise
-        raise AttributeError(f"litgpt.{name} is not in this version yet: {module_name} does not exist.") from None
+        # An ImportError, because `from litgpt import x` would replace the message of an AttributeError.
+        raise ImportError(f"litgpt.{name} is not in this version yet: {module_name} does not exist.") from None
     globals()[name] = value
     return value
 
@@ -84,6 +84,8 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version("litgpt")
     except PackageNotFoundError:

@@ -4,8 +4,10 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 
 from litgpt.command_help import error_text, format_commands
+from litgpt.command_line import take_common_flags
 from litgpt.parameters import UsageError, did_you_mean
 
 COMMANDS = {
@@ -57,11 +59,12 @@ ROWS = {name: row for group in COMMANDS.values() for name, row in group.items()}
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command line. Exit status: 0 done, 1 failed, 2 not understood, 130 interrupted."""
-    prog, debug = "litgpt", bool(os.environ.get("LITGPT_DEBUG"))
+    prog, debug, format_warning = "litgpt", bool(os.environ.get("LITGPT_DEBUG")), warnings.formatwarning
     try:
-        words, extensions, wants_debug = _take_common_flags(list(sys.argv[1:] if argv is None else argv))
+        words, extensions, wants_debug = take_common_flags(list(sys.argv[1:] if argv is None else argv))
         debug |= wants_debug
         prog = f"litgpt {words[0]}" if words and words[0] in ROWS else prog
+        warnings.formatwarning = lambda message, *_: f"{prog}: warning: {message}\n"
         _run(words, extensions)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -75,22 +78,8 @@ def main(argv: list[str] | None = None) -> None:
             traceback.print_exc()
         print(f"{prog}: error: {error_text(error)}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
-
-
-def _take_common_flags(argv: list[str]) -> tuple[list[str], list[str], bool]:
-    """The line without `--extend X` and `--debug`, what is to be loaded, and whether tracebacks are wanted."""
-    words, extensions, debug = [], [], False
-    while argv:
-        word = argv.pop(0)
-        if word == "--extend" and not argv:
-            raise UsageError("--extend needs a value: the file or module to load.")
-        if word == "--extend" or word.startswith("--extend="):
-            extensions.append(argv.pop(0) if word == "--extend" else word.partition("=")[2])
-        elif word == "--debug":
-            debug = True
-        else:
-            words.append(word)
-    return words, extensions, debug
+    finally:
+        warnings.formatwarning = format_warning
 
 
 def _run(words: list[str], extensions: list[str]) -> None:

@@ -69,8 +69,24 @@ def read_line(argv: list[str]) -> Line:
     return line
 
 
+def take_common_flags(argv: list[str]) -> tuple[list[str], list[str], bool]:
+    """The line without `--extend X` and `--debug`, what is to be loaded, and whether tracebacks are wanted."""
+    words, extensions, debug = [], [], False
+    while argv:
+        word = argv.pop(0)
+        if word == "--extend" and not argv:
+            raise UsageError("--extend needs a value: the file or module to load.")
+        if word == "--extend" or word.startswith("--extend="):
+            extensions.append(argv.pop(0) if word == "--extend" else word.partition("=")[2])
+        elif word == "--debug":
+            debug = True
+        else:
+            words.append(word)
+    return words, extensions, debug
+
+
 MISSING = "\0"
-"""In place of the value that a flag lacks; an unknown flag is to be reported as such first."""
+"""In place of the value that a flag lacks: `true` for yes-or-no flags; an error for others, if they exist at all."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -147,7 +163,10 @@ class Settings:
         for name, value in flags:
             full = self._full_name(name)
             if value == MISSING:
-                raise UsageError(f"--{name} needs a value, as in --{name} {_example(self._at(full))}.")
+                p = self._all().get(full)
+                if p is None or bool not in (p.type, *get_args(p.type)):
+                    raise UsageError(f"--{name} needs a value, as in --{name} VALUE.")
+                value = "true"
             if full not in ("config", *choices):
                 self._take(self.tree, _nested(full, value), self.given, "")
 
@@ -268,9 +287,6 @@ class Settings:
     def _all(self) -> dict[str, Parameter]:
         return {q.path: q for p in self.tree.values() for q in p.walk()}
 
-    def _at(self, path: str) -> Parameter | None:
-        return self._all().get(path)
-
     def _full_name(self, name: str, strict: bool = True) -> str | None:
         """The name that a flag stands for: itself, or the one name that begins with it."""
         name = name.replace(".init_args.", ".")
@@ -390,10 +406,6 @@ def _text_last(kind: Any) -> Any:
 
 def _allows_null(kind: Any) -> bool:
     return kind in (None, type(None), Any) or None in get_args(kind) or any(_allows_null(m) for m in get_args(kind))
-
-
-def _example(p: Parameter | None) -> str:
-    return "true" if p is not None and (p.type is bool or bool in get_args(p.type)) else "VALUE"
 
 
 def _type_error(raw: Any, p: Parameter, where: str, error: Exception | None = None) -> str:

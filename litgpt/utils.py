@@ -1,0 +1,34 @@
+"""Where version 0.5 had its helpers. This module only hands their names on; new code imports from the modules below."""
+
+import importlib
+from typing import Any
+
+_MODULE_OF = {
+    "CLI": "parser_config",
+    "CheckpointValidationResult": "checkpoint.io",
+    "capture_hparams": "parser_config",
+    "check_valid_checkpoint_dir": "checkpoint.folders",
+    "choose_logger": "loggers",
+    "chunked_cross_entropy": "losses",
+    "copy_config_files": "checkpoint.folders",
+    "extend_checkpoint_dir": "checkpoint.folders",
+    "find_multiple": "config",
+    "find_resume_path": "checkpoint.folders",
+    "get_default_supported_precision": "hardware",
+    "init_out_dir": "training",
+    "instantiate_torch_optimizer": "optimizers",
+    "parse_devices": "hardware",
+    "save_config": "config",
+    "save_hyperparameters": "parser_config",
+    "validate_checkpoint": "checkpoint.io",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'litgpt.utils' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"litgpt.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULE_OF])
