@@ -43,7 +43,7 @@ def train_tokenizer(
         for text in texts:
             if text:
                 n_texts += 1
-                yield text
+                yield text.encode("utf-8", "replace").decode("utf-8")  # half surrogate pairs become question marks
 
     processor = HFTokenizer(models.BPE())
     processor.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -86,7 +86,7 @@ def _write_files(files: dict[str, str], folder: Path) -> None:
     """Write text files into `folder` through a temporary one beside it, so that none is ever half written."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".{folder.name}.tmp-{os.getpid()}"
-    temporary.mkdir()
+    temporary.mkdir(exist_ok=True)
     try:
         for name, text in files.items():
             with open(temporary / name, "w", encoding="utf-8", newline="\n") as file:
