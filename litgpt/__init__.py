@@ -41,7 +41,6 @@ _MODULE_OF = {
 
 __all__ = [
     "GPT",
-    "LLM",
     "MLP",
     "Block",
     "CausalSelfAttention",
@@ -54,7 +53,6 @@ __all__ = [
     "Objective",
     "PromptStyle",
     "Tokenizer",
-    "estimate_model_memory",
     "register_data",
     "register_model",
     "register_objective",
@@ -80,7 +78,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULE_OF, "__version__"])
+    return sorted([*globals(), *__all__, "__version__"])
 
 
 def _version() -> str:
