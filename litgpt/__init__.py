@@ -7,12 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from litgpt.api import LLM
     from litgpt.checkpoint.io import CheckpointValidationResult, validate_checkpoint
     from litgpt.config import Config
     from litgpt.model import GPT, MLP, Block, CausalSelfAttention, GptNeoxMLP, LLaMAMLP
     from litgpt.objective import NextToken, Objective
-    from litgpt.plan import estimate_model_memory
     from litgpt.prompts import PromptStyle
     from litgpt.registry import ModelSpec, register_data, register_model, register_objective
     from litgpt.tokenizer import Tokenizer
