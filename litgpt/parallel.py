@@ -1,0 +1,64 @@
+"""How a model is spread over devices."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+
+from litgpt.model import Block
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+def build_strategy(devices: int, num_nodes: int = 1, model_class: type[nn.Module] | None = None) -> Any:
+    """What Fabric's `strategy` is for so many devices: FSDP on GPUs, a replica per process on CPUs.
+
+    Args:
+        devices: Per node.
+        num_nodes: Weights are sharded within a node and replicated between nodes.
+        model_class: Its `block_class` is the unit of sharding.
+    """
+    if devices * num_nodes == 1:
+        return "auto"
+    if not torch.cuda.is_available():
+        return "ddp"
+    from lightning.fabric.strategies import FSDPStrategy
+
+    return FSDPStrategy(
+        auto_wrap_policy={getattr(model_class, "block_class", Block)},
+        state_dict_type="full",
+        sharding_strategy="FULL_SHARD" if num_nodes == 1 else "HYBRID_SHARD",
+    )
+
+
+def is_sharded(fabric: "Fabric") -> bool:
+    """Whether each device holds only a part of the weights."""
+    return type(fabric.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy")
+
+
+def full_state(fabric: "Fabric", model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+    """State dicts of model and optimizer as one device would have them; called by all devices.
+
+    Where weights are sharded, only rank 0 gets them, on the CPU, and the optimizer's state goes by parameter names.
+    """
+    if not is_sharded(fabric):
+        return model.state_dict(), optimizer.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def load_full_optimizer_state(
+    fabric: "Fabric", model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Continue from the optimizer's part of `full_state`, whatever number of devices wrote it."""
+    by_name = any(isinstance(key, str) for key in state["state"])
+    if not is_sharded(fabric) and not by_name:
+        return optimizer.load_state_dict(state)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    if not by_name:
+        state = FSDP.rekey_optim_state_dict(state, FSDP.OptimStateKeyType.PARAM_NAME, model)
+    return set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
