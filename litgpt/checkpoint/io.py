@@ -238,15 +238,7 @@ def load_model_weights(model: nn.Module, dir_or_file: Path | str, strict: bool =
         dir_or_file: See `load_weights`.
         strict: Refuse missing and unexpected names. Wrong shapes are always refused.
     """
-    weights = load_weights(dir_or_file)
-    aliases = _shared_parameters(model)
-    for names in aliases:
-        present = [weights[name] for name in names if name in weights]
-        if any(not torch.equal(present[0], other) for other in present[1:]):
-            raise ValueError(
-                f"the weights in {dir_or_file} do not fit the model: {' and '.join(names)} differ there but are one "
-                "in the model; set `tie_embeddings: false` in model_config.yaml"
-            )
+    weights, aliases = load_weights(dir_or_file), _shared_parameters(model)
     state = model.state_dict(keep_vars=True)
     is_meta = any(tensor.is_meta for tensor in state.values() if isinstance(tensor, Tensor))
     try:
@@ -255,11 +247,15 @@ def load_model_weights(model: nn.Module, dir_or_file: Path | str, strict: bool =
         found = _compare(model, weights)
         reason = found.summary() if found.shape_mismatches else " ".join(str(error).split())
         raise _misfit(dir_or_file, reason) from None
-    for names in aliases if is_meta else []:
-        first = next((name for name in names if name in weights), names[0])
-        for name in names:
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, model.get_parameter(first))
+    for names in aliases:
+        present = [name for name in names if name in weights]
+        if any(not torch.equal(weights[present[0]], weights[name]) for name in present[1:]):
+            if len({id(model.get_parameter(name)) for name in present}) == 1:
+                raise _misfit(dir_or_file, f"{' and '.join(present)} differ in the file but are one in the model")
+        elif is_meta and present:
+            for name in names:
+                owner, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(owner), attribute, model.get_parameter(present[0]))
     missing = [name for name in keys.missing_keys if not _has_alias(name, aliases, weights)]
     if strict and (missing or keys.unexpected_keys):
         raise _misfit(dir_or_file, CheckpointValidationResult(False, missing, list(keys.unexpected_keys)).summary())

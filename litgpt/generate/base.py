@@ -247,6 +247,7 @@ def main(
     device = default_device()
     dtype, autocast_dtype = parse_precision(precision, device)
     spec, config = load_checkpoint_config(checkpoint_dir)
+    predict = _own_predict(spec)
     tokenizer = Tokenizer(checkpoint_dir)
     style = load_prompt_style(checkpoint_dir) if has_prompt_style(checkpoint_dir) else PromptStyle.from_config(config)
     idx = tokenizer.encode(style.apply(prompt, sys_prompt=sys_prompt), device=device).long()  # (T,)
@@ -257,7 +258,6 @@ def main(
 
     rng = torch.Generator(device).manual_seed(seed)
     stop_tokens = style.stop_tokens(tokenizer)
-    predict = _own_predict(spec)
     if predict is None and hasattr(model, "set_kv_cache"):
         model.set_kv_cache(batch_size=1, max_seq_length=len(idx) + max_new_tokens - 1)
     decoder = Decoder(model, step=CompiledStep(device) if compile else None)

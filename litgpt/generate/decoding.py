@@ -25,7 +25,7 @@ def decode_step(model: nn.Module, token: Tensor, input_pos: Tensor) -> Tensor:
 class Decoder:
     """Feeds one batch of rows of equal length to a model and gives the logits after the last token.
 
-    With a KV cache each token is fed once. A model whose `forward` takes no `input_pos` reads all tokens anew each time.
+    With a KV cache each token is fed once. A model whose `forward` takes no `input_pos` reads everything each time.
 
     Args:
         prefill_chunk_tokens: Longer prompts are fed in pieces of this size, which bounds the memory of activations.
@@ -106,8 +106,8 @@ def token_stream(
 
 def check_lengths(model: nn.Module, n_prompt: int, max_returned_tokens: int) -> None:
     """Raise `LengthError` unless there is a prompt, room for an answer, and a context (or KV cache) for both."""
-    if hasattr(model, "kv_cache_length"):
-        check_room(n_prompt, max_returned_tokens, model.kv_cache_length(), "the KV cache (set_kv_cache) holds")
+    if (n_slots := getattr(model, "_kv_cache_length", None)) is not None:
+        check_room(n_prompt, max_returned_tokens, n_slots, "the KV cache (set_kv_cache) holds")
     else:
         limit = getattr(model, "max_seq_length", None) or getattr(getattr(model, "config", None), "block_size", None)
         check_room(n_prompt, max_returned_tokens, limit, "the model's context is")

@@ -19,6 +19,8 @@ from litgpt.checkpoint.io import (
     save_torch,
     validate_checkpoint,
 )
+from litgpt.config import Config
+from litgpt.model import GPT
 
 
 class Hostile:
@@ -287,10 +289,39 @@ def test_weights_load_on_cpu_and_meta_and_tied_ones_stay_tied(tmp_path, device, 
         assert torch.equal(parameter, source.get_parameter(name)) and parameter.requires_grad
 
 
-def test_tied_model_refuses_two_different_tensors(tmp_path):
+def test_tied_model_never_takes_one_of_two_different_tensors_silently(tmp_path):
     save_torch(Tiny(tied=False).state_dict(), tmp_path / "lit_model.pth")
-    with pytest.raises(ValueError, match=r"wte\.weight and lm_head\.weight differ.*tie_embeddings: false"):
+    with pytest.raises(
+        ValueError, match=r"wte\.weight and lm_head\.weight differ in the file but are one in the model"
+    ):
         load_model_weights(Tiny(tied=True), tmp_path)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("form", ["tied", "without head", "untied", "old fused layout"])
+def test_gpt_takes_tied_untied_and_old_checkpoints(tmp_path, device, form):
+    torch.manual_seed(0)
+    config = dict(n_layer=1, n_embd=8, n_head=2, block_size=8, vocab_size=16, padded_vocab_size=16)
+    source = GPT(Config(**config, tie_embeddings=form in ("tied", "without head")))
+    weights = source.state_dict()
+    if form == "without head":
+        del weights["lm_head.weight"]
+    if form == "old fused layout":
+        for kind in ("weight", "bias"):  # q, k and v of each head beside each other
+            fused = weights.pop(f"transformer.h.0.attn.qkv.{kind}")
+            heads = fused.view(3, 2, 4, *fused.shape[1:]).transpose(0, 1)
+            weights[f"transformer.h.0.attn.attn.{kind}"] = heads.reshape(fused.shape).clone()
+    save_torch({"model": weights}, tmp_path / "lit_model.pth")
+    with torch.device(device):
+        model = GPT(Config(**config, tie_embeddings=form != "old fused layout"))
+    if form == "untied":
+        with pytest.warns(UserWarning, match="untied"):
+            load_model_weights(model, tmp_path)
+    else:
+        load_model_weights(model, tmp_path)
+    assert (model.lm_head.weight is model.transformer.wte.weight) == (form in ("tied", "without head"))
+    idx = torch.arange(6)[None]
+    assert torch.equal(model(idx), source(idx))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
