@@ -77,7 +77,7 @@ def fetch_rest(url: str, part: Path) -> None:
         total = have + int(length) if length else None
         with (
             open(part, "ab" if have else "wb") as file,
-            tqdm(total=total, initial=have, desc=part.stem, unit="B", unit_scale=True, leave=False) as bar,
+            tqdm(total=total, initial=have, desc=part.stem, unit="B", unit_scale=True, leave=False, delay=1) as bar,
         ):
             while block := answer.read(BLOCK_BYTES):
                 file.write(block)

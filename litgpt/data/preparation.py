@@ -227,7 +227,7 @@ def write_shards(jobs: list[Job], tokenizer: Any, num_workers: int) -> list[Shar
     done = {job.number: shard for job in jobs if (shard := job.finished())}
     todo = [job for job in jobs if job.number not in done]
     total = sum(source.n_bytes for job in todo for source in job.sources)
-    with tqdm(total=total, desc="Tokenising", unit="B", unit_scale=True, leave=False, disable=not todo) as bar:
+    with tqdm(total=total, desc="Tokenising", unit="B", unit_scale=True, leave=False, delay=1) as bar:
         counts, started = [0, 0], time.perf_counter()
 
         def report(documents: int, tokens: int, n_bytes: int) -> None:

@@ -52,9 +52,10 @@ class TokenData(DataModule):
     def prepare_data(self) -> None:
         validate_tokenizer(self.tokenizer)
         for split in ("train", "val"):
+            sources = self.sources(split)
             self.shards[split] = prepare_shards(
                 self.shards_root() / f"{split}-{tokenizer_hash(self.tokenizer)[:12]}",
-                self.sources(split),
+                sources,
                 self.tokenizer,
                 self.content_hash(split),
                 bos=self.bos,
