@@ -245,7 +245,7 @@ def main(
     checkpoint_dir = extend_checkpoint_dir(Path(checkpoint_dir))
     check_valid_checkpoint_dir(checkpoint_dir, ignore_tokenizer_files=True)
     device = default_device()
-    dtype, autocast_dtype = parse_precision(precision, device)
+    dtype, autocast_dtype = parse_precision(precision)
     spec, config = load_checkpoint_config(checkpoint_dir)
     predict = _own_predict(spec)
     tokenizer = Tokenizer(checkpoint_dir)

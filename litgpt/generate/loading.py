@@ -1,13 +1,17 @@
 """A checkpoint folder as a model ready for inference on one device, in plain torch: Fabric's import costs seconds."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from litgpt.checkpoint.io import load_model_weights
 from litgpt.config import Config
+from litgpt.hardware import get_default_supported_precision
 from litgpt.registry import ModelSpec, build_model
 
 _DTYPES = {"32": torch.float32, "64": torch.float64, "bf16": torch.bfloat16, "16": torch.float16}
@@ -20,18 +24,15 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def parse_precision(precision: str | None, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:
+def parse_precision(precision: str | None) -> tuple[torch.dtype, torch.dtype | None]:
     """Dtype of the weights, and the one to compute in where that differs (autocast).
 
     Args:
         precision: `32-true`, `bf16-true`, `bf16-mixed` and so on. None: bf16-true, or 16-true on CUDA without bf16.
-        device: Where the model runs.
     """
-    if precision is None:
-        has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
-        precision = "bf16-true" if has_bf16 else "16-true"
+    precision = get_default_supported_precision(training=False) if precision is None else precision
     bits, _, kind = precision.partition("-")
-    if bits not in _DTYPES or kind not in ("true", "mixed", "") or (kind == "mixed" and "16" not in bits):
+    if bits not in _DTYPES or kind not in ("true", "mixed") or (kind == "mixed" and "16" not in bits):
         raise ValueError(
             f"precision {precision!r} is not known: choose 32-true, bf16-true, 16-true, bf16-mixed, 16-mixed or 64-true"
         )
@@ -47,7 +48,7 @@ def load_model(
     spec: ModelSpec, config: Config, checkpoint_dir: Path | str, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
     """The model of a checkpoint in evaluation mode; the weights are read once, straight from the mapped file."""
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutInit():
         model = build_model(spec, config)
     load_model_weights(model, checkpoint_dir)
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
@@ -55,3 +56,13 @@ def load_model(
         model = build_model(spec, config)
         load_model_weights(model, checkpoint_dir)
     return model.to(device=device, dtype=dtype).eval()
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Leaves out `torch.nn.init`: on the meta device it has no effect, but imports a compiler, which costs a second."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
