@@ -154,6 +154,9 @@ class Config:
             self.norm_unit_offset = self.norm_class_name == "RMSNorm" and "Gemma" in self.name
         if self.norm_affine is None:
             self.norm_affine = not (self.norm_class_name == "LayerNorm" and "OLMo" in self.name)
+        clash = {"LayerNorm": self.norm_unit_offset, "RMSNorm": not self.norm_affine}
+        if clash.get(self.norm_class_name):
+            raise ValueError("norm_unit_offset goes with RMSNorm, norm_affine: false with LayerNorm; not the other way")
         self._resolve_sizes()
         self._resolve_attention()
         self._resolve_rope()
@@ -392,9 +395,7 @@ def find_multiple(n: int, k: int) -> int:
 
 def nearest(word: str, words: Iterable[str]) -> list[str]:
     """Up to three of `words` that look like `word`, best first, whatever their case; for error messages."""
-    lower = {}
-    for other in words:
-        lower.setdefault(other.lower(), other)
+    lower = {other.lower(): other for other in reversed([*words])}
     return [lower[match] for match in difflib.get_close_matches(word.lower(), lower, n=3, cutoff=0.5)]
 
 

@@ -452,6 +452,8 @@ MOE = dict(mlp_class_name="LLaMAMoE", n_expert=8, n_expert_per_token=2, intermed
         (dict(block_size=-1), "block_size is -1; it must be at least 1"),
         (dict(padding_multiple=0), "padding_multiple is 0"),
         (dict(sliding_window_size=0), "sliding_window_size is 0"),
+        (dict(norm_unit_offset=True), "norm_unit_offset goes with RMSNorm"),
+        (dict(norm_affine=False, norm_class_name="RMSNorm"), "norm_affine: false with LayerNorm"),
         (dict(dropout=1.0), "dropout is 1.0; it must be at least 0 and below 1"),
         (dict(rotary_percentage=1.5), "rotary_percentage is 1.5; it must be between 0 and 1"),
         (dict(mlp_class_name="LLaMAMLP"), "LLaMAMLP needs intermediate_size"),
