@@ -48,12 +48,14 @@ def load_model(
     spec: ModelSpec, config: Config, checkpoint_dir: Path | str, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
     """The model of a checkpoint in evaluation mode; the weights are read once, straight from the mapped file."""
-    with torch.device("meta"), _WithoutInit():
-        model = build_model(spec, config)
+    try:
+        with torch.device("meta"), _WithoutInit():
+            model = build_model(spec, config)
+    except (NotImplementedError, RuntimeError):
+        model = build_model(spec, config)  # its constructor reads values of tensors
     load_model_weights(model, checkpoint_dir)
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        # its constructor computes buffers that no checkpoint holds
-        model = build_model(spec, config)
+        model = build_model(spec, config)  # its constructor computes buffers that no checkpoint holds
         load_model_weights(model, checkpoint_dir)
     return model.to(device=device, dtype=dtype).eval()
 

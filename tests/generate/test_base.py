@@ -373,9 +373,10 @@ class BareModel(nn.Module):
         self.config = config
         self.head = nn.Embedding(config.padded_vocab_size, config.padded_vocab_size)
         self.register_buffer("shift", torch.arange(config.padded_vocab_size).float(), persistent=False)
+        self.scale = 1.0 if config.n_layer == 1 else torch.ones(1).item()
 
     def forward(self, idx):
-        return self.head(idx) + self.shift.to(self.head.weight.dtype)
+        return self.scale * self.head(idx) + self.shift.to(self.head.weight.dtype)
 
 
 @pytest.fixture
@@ -385,12 +386,12 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_objectives", dict(registry._objectives))
     monkeypatch.setattr(registry, "_sources", dict(registry._sources))
 
-    def write(objective):
+    def write(objective, n_layer=1):
         if not isinstance(objective, str):
             registry.register_objective("own", objective)
             objective = "own"
         registry.register_model("bare", model=BareModel, config=BareConfig, sizes={}, objective=objective)
-        config = BareConfig(n_layer=1, n_embd=8, n_head=1, block_size=64, vocab_size=257, padded_vocab_size=257)
+        config = BareConfig(n_layer=n_layer, n_embd=8, n_head=1, block_size=64, vocab_size=257, padded_vocab_size=257)
         save_config(config, tmp_path)
         weight = torch.zeros(257, 257)
         weight[torch.arange(1, 257), torch.arange(256)] = 1000.0
@@ -401,8 +402,9 @@ def own_folder(tmp_path, monkeypatch):
     return write
 
 
-def test_main_decodes_a_model_that_is_no_gpt(own_folder, capsys):
-    out = spoken(capsys, own_folder("next-token"), "z", temperature=0, max_new_tokens=5).out
+@pytest.mark.parametrize("n_layer", [1, 2], ids=["builds on meta", "reads tensors while it is built"])
+def test_main_decodes_a_model_that_is_no_gpt(own_folder, capsys, n_layer):
+    out = spoken(capsys, own_folder("next-token", n_layer), "z", temperature=0, max_new_tokens=5).out
     assert out == "zyxwvu\n"
 
 
