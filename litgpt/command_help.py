@@ -53,7 +53,9 @@ def _help_text(p: Parameter) -> str:
     if p.default is REQUIRED:
         parts.append("(required)")
     elif p.default is not None and not is_secret(p.path) and p.kind != "group":
-        parts.append(f"(default: {str(p.default).lower() if isinstance(p.default, bool) else p.default})")
+        parts.append(
+            f"(default:\N{NO-BREAK SPACE}{str(p.default).lower() if isinstance(p.default, bool) else p.default})"
+        )
     return " ".join(parts)
 
 
@@ -61,6 +63,7 @@ def _entry(head: str, text: str, width: int) -> list[str]:
     """One flag: its text beside it, or below where the flag is too long for the column."""
     indent = " " * 34
     below = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
+    below = [line.replace("\N{NO-BREAK SPACE}", " ") for line in below]
     if len(head) > 30 or not below:
         return [f"  {head}", *below]
     return [f"  {head:<32}{below[0].lstrip()}", *below[1:]]

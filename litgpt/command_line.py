@@ -155,7 +155,8 @@ class Settings:
         if len(line.words) > len(places):
             raise UsageError(f"unexpected argument {line.words[len(places)]!r}: a setting needs its --flag before it.")
         self._take(self.tree, dict(zip([p.name for p in places], line.words)), self.given, "")
-        choices = [name for p in self.tree.values() if p.kind == "class" for name in (p.path, f"{p.path}.class_path")]
+        classes = [p.path for p in self.tree.values() if p.kind in ("class", "name")]
+        choices = [*classes, *(f"{path}.class_path" for path in classes)]
         for name, value in flags:
             if name in choices and value != MISSING:
                 self._take(self.tree, _nested(name, value), self.given, "")

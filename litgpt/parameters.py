@@ -229,9 +229,9 @@ def is_secret(name: str) -> bool:
 
 
 def positionals(tree: dict[str, Parameter]) -> list[Parameter]:
-    """What may be said without a flag: the parameters without default, or else the first one."""
-    values = [p for p in tree.values() if p.kind == "value"]
-    return [p for p in values if p.default is REQUIRED] or values[:1]
+    """What may be said without a flag: the parameters without default, or else the very first one."""
+    required = [p for p in tree.values() if p.kind == "value" and p.default is REQUIRED]
+    return required or [p for p in list(tree.values())[:1] if p.kind == "value"]
 
 
 def type_text(annotation: Any) -> str:
