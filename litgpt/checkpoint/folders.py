@@ -121,6 +121,8 @@ def check_valid_checkpoint_dir(
     reason = f"it lacks {', '.join(lacking)}" if folder.is_dir() else "there is no such folder"
     local = sorted(str(path.parent) for path in Path("checkpoints").glob("*/*/model_config.yaml"))
     advice = f"checkpoints at hand: {', '.join(local)}" if local else "`litgpt download` fetches one"
+    if below := [*folder.glob("final/*.pth"), *step_files(folder)[-1:]]:
+        advice = f"did you mean {below[0].parent}?"
     message = f"{folder} is no checkpoint folder: {reason}; {advice}"
     if raise_error:
         raise FileNotFoundError(message)

@@ -75,6 +75,16 @@ def test_config_files_are_copied_where_they_exist(tmp_path):
     copy_config_files(source, source)
 
 
+def test_folder_of_a_run_points_to_its_checkpoint(tmp_path):
+    for name in ("step-2", "step-10", "final"):
+        checkpoint(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"did you mean .*final\?"):
+        check_valid_checkpoint_dir(tmp_path, raise_error=True)
+    (tmp_path / "final" / "lit_model.pth").unlink()
+    with pytest.raises(FileNotFoundError, match=r"did you mean .*step-10\?"):
+        check_valid_checkpoint_dir(tmp_path, raise_error=True)
+
+
 def test_relative_name_is_looked_up_below_checkpoints(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints" / "org" / "name").mkdir(parents=True)
