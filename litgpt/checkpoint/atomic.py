@@ -150,4 +150,5 @@ def _write_error(path: Path, cause: OSError, n_bytes: int | None = None) -> OSEr
     with contextlib.suppress(OSError):
         sizes.append(f"{shutil.disk_usage(path.parent).free:,} bytes free")
     where = f" ({', '.join(sizes)})" if sizes else ""
+    path = Path(*(match["name"] if (match := _LEFTOVER.fullmatch(part)) else part for part in path.parts))
     return OSError(cause.errno or errno.EIO, f"cannot write {path}: {cause.strerror or cause}{where}")

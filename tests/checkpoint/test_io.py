@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from litgpt.checkpoint.io import (
+    atomic_folder,
     check_crc,
     load_model_weights,
     load_torch,
@@ -187,6 +188,11 @@ def test_full_disk_names_path_and_bytes_and_keeps_the_previous_file(tmp_path, pa
         save_torch(payload, path)
     assert caught.value.errno == errno.ENOSPC and "\n" not in str(caught.value)
     assert "120,0" in str(caught.value)  # 300 * 100 floats
+    with (
+        pytest.raises(OSError, match=r"cannot write .*/final/lit_model\.pth: No space"),
+        atomic_folder(tmp_path / "final") as folder,
+    ):
+        save_torch(payload, folder / "lit_model.pth")
     assert load_torch(path) == {"iter_num": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["x.pth"]
 
