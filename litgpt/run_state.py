@@ -45,11 +45,17 @@ def capture_rng(fabric: "L.Fabric") -> dict[str, Any]:
     if fabric.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(fabric.device)
     if fabric.world_size > 1:
-        state = {key: fabric.all_gather(value.to(fabric.device)).cpu() for key, value in state.items()}
+        state = {key: _gather(value.to(fabric.device), fabric.world_size).cpu() for key, value in state.items()}
     else:
         state = {key: value[None] for key, value in state.items()}
     version, numbers, gauss = random.getstate()
     return {**state, "python": [version, list(numbers), gauss]}
+
+
+def _gather(value: torch.Tensor, world_size: int) -> torch.Tensor:
+    values = [torch.empty_like(value) for _ in range(world_size)]
+    torch.distributed.all_gather(values, value)
+    return torch.stack(values)
 
 
 def restore_rng(fabric: "L.Fabric", state: Mapping[str, Any]) -> None:
