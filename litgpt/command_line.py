@@ -210,7 +210,7 @@ class Settings:
         return value, shown if p.kind == "overrides" else value
 
     def _typed_class(self, p: Parameter, raw: dict[str, Any], complete: bool) -> tuple[Any, Any]:
-        cls, values, shown = find_class(p, raw["class_path"], self.registered), {}, {}
+        cls, values, shown = self._class_of(p, raw), {}, {}
         for name, child in p.children.items():
             if name in raw["init_args"]:
                 values[name], shown[name] = self._typed(child, raw["init_args"][name], complete)
@@ -280,10 +280,13 @@ class Settings:
                 continue
             if not chosen["class_path"]:
                 raise UsageError(f"{self._where(p.path)}: class_path is missing, it says which class is meant.")
-            p.children = class_parameters(find_class(p, chosen["class_path"], self.registered), p.path)
+            p.children = class_parameters(self._class_of(p, chosen), p.path)
             for name in chosen["init_args"]:
                 if name not in p.children:
                     raise UsageError(self._unknown(f"{p.path}.{name}", self.origins.get(f"{p.path}.{name}", "")))
+
+    def _class_of(self, p: Parameter, chosen: dict[str, Any]) -> type:
+        return find_class(p, str(chosen["class_path"]), self.registered, self._where(p.path))
 
     def _all(self) -> dict[str, Parameter]:
         return {q.path: q for p in self.tree.values() for q in p.walk()}

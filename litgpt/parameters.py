@@ -157,13 +157,21 @@ def _subclasses(cls: type) -> Iterator[type]:
 # Classes by name
 
 
-def find_class(parameter: Parameter, name: str, registered: Callable[[str], type | None] | None = None) -> type:
+def find_class(
+    parameter: Parameter, name: str, registered: Callable[[str], type | None] | None = None, where: str | None = None
+) -> type:
     """The class that the user means by `name`: registered, in the parameter's package, imported, or a full path.
+
+    Args:
+        parameter: Says what kind of class is wanted.
+        name: As the user spells it.
+        registered: Finds classes that extensions have registered under a name.
+        where: Where the user has said it; default: in the flag.
 
     Raises:
         UsageError: There is none, or it is of another kind; the message has the nearest known name.
     """
-    flag = f"--{parameter.path}"
+    where = where or f"--{parameter.path}"
     found = registered(name) if registered else None
     if found is None and "." not in name:
         found = known_classes(parameter).get(name)
@@ -173,11 +181,11 @@ def find_class(parameter: Parameter, name: str, registered: Callable[[str], type
             found = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             raise UsageError(
-                f"{flag} {name}: cannot import it ({error}). A class in a file of your own needs --extend FILE.py."
+                f"{where}: cannot import {name!r} ({error}). A class in a file of your own needs --extend FILE.py."
             ) from None
     if not inspect.isclass(found) or not issubclass(found, parameter.of):
         reason = "is not known" if found is None else f"is no {parameter.of.__name__}"
-        raise UsageError(f"{flag} {name}: {name} {reason}{did_you_mean(name, known_classes(parameter))}")
+        raise UsageError(f"{where}: {name!r} {reason}{did_you_mean(name, known_classes(parameter))}")
     return found
 
 
