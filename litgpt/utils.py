@@ -15,7 +15,7 @@ _MODULE_OF = {
     "find_multiple": "config",
     "find_resume_path": "checkpoint.folders",
     "get_default_supported_precision": "hardware",
-    "init_out_dir": "training",
+    "init_out_dir": "preflight",
     "instantiate_torch_optimizer": "optimizers",
     "parse_devices": "hardware",
     "save_config": "config",

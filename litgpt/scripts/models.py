@@ -55,7 +55,7 @@ def count_parameters(config: Config) -> int:
     head = C * c.padded_vocab_size * (not c.tie_embeddings) + c.padded_vocab_size * c.lm_head_bias
     n_norms = c.norm_1 + (c.norm_2 and not c.shared_attention_norm) + c.post_attention_norm + c.post_mlp_norm
     n_dense = c.n_layer if c.mlp_class_name != "LLaMAMoE" else min(c.first_k_dense_replace or 0, c.n_layer)
-    gated = c.mlp_class_name != "GptNeoxMLP"
+    gated = c.mlp_class_name not in ("GptNeoxMLP", "MLP")
     blocks = c.n_layer * (_attention(c, norm) + n_norms * norm)
     blocks += n_dense * _mlp(c, c.intermediate_size, gated) + (c.n_layer - n_dense) * _experts(c)
     return C * c.padded_vocab_size + head + blocks + norm
