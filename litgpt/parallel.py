@@ -1,5 +1,6 @@
 """How a model is spread over devices."""
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,19 +47,37 @@ def full_state(fabric: "Fabric", model: nn.Module, optimizer: torch.optim.Optimi
         return model.state_dict(), optimizer.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return get_state_dict(
+        *_unwrapped(model, optimizer), options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
 
 
 def load_full_optimizer_state(
     fabric: "Fabric", model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Continue from the optimizer's part of `full_state`, whatever number of devices wrote it."""
+    """Continue from the optimizer's part of `full_state`, whatever number of devices wrote it.
+
+    Raises:
+        ValueError: It belongs to other parameters or another optimizer.
+    """
+    model, optimizer = _unwrapped(model, optimizer)
+    name_of = {id(p): re.sub(r"_orig_mod\.|_fsdp_wrapped_module\.", "", name) for name, p in model.named_parameters()}
+    names = [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
     by_name = any(isinstance(key, str) for key in state["state"])
-    if not is_sharded(fabric) and not by_name:
-        return optimizer.load_state_dict(state)
+    if not is_sharded(fabric):
+        if by_name:
+            indices = {i: state["state"][name] for i, name in enumerate(names) if name in state["state"]}
+            state = {"state": indices, "param_groups": optimizer.state_dict()["param_groups"]}
+        optimizer.load_state_dict(state)
+        return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
     if not by_name:
-        state = FSDP.rekey_optim_state_dict(state, FSDP.OptimStateKeyType.PARAM_NAME, model)
-    return set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+        groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
+        state = {"state": {names[i]: value for i, value in state["state"].items()}, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+
+
+def _unwrapped(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Both without Fabric's wrappers."""
+    return getattr(model, "_forward_module", model), getattr(optimizer, "_optimizer", optimizer)
