@@ -25,7 +25,7 @@ def format_help(function: Callable[..., Any], prog: str, tree: dict[str, Paramet
     lines += _entry("--debug", "Show where an error comes from.", width)
     for p in tree.values():
         if p.kind in ("value", "class", "name") and p not in first:
-            lines += _entry(f"--{p.path} {type_text(p.type)}", _help_text(p), width)
+            lines += _entry(f"--{p.path} {type_text(p.type) if p.kind == 'value' else 'NAME'}", _help_text(p), width)
     for kind in ("group", "overrides"):
         for p in (p for p in tree.values() if p.kind == kind):
             lines += ["", *textwrap.wrap(f"{p.path}: {p.help or summary(p.of).splitlines()[0]}", width)]
@@ -62,7 +62,7 @@ def _help_text(p: Parameter) -> str:
 def _entry(head: str, text: str, width: int) -> list[str]:
     """One flag: its text beside it, or below where the flag is too long for the column."""
     indent = " " * 34
-    below = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
+    below = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
     below = [line.replace("\N{NO-BREAK SPACE}", " ") for line in below]
     if len(head) > 30 or not below:
         return [f"  {head}", *below]

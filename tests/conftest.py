@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from litgpt import extension, registry
 from litgpt.config import Config
 
 TEXTS = [
@@ -30,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def same_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Seeds, one thread, default dtype and device, a cache folder of the test's own, no token in the environment."""
+    """Seeds, one thread, an own cache folder, no token; afterwards dtype, device and registry are as before."""
     random.seed(1234)
     np.random.seed(1234)
     torch.manual_seed(1234)
@@ -38,15 +39,20 @@ def same_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "LITGPT_DEBUG", "LIGHTNING_ARTIFACTS_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LITGPT_CACHE", str(tmp_path / "litgpt-cache"))
-    dtype, device, deterministic = torch.get_default_dtype(), torch.get_default_device(), _deterministic()
+    tables = (registry._models, registry._objectives, registry._data, registry._sources, extension._loaded)
+    before = [table.copy() for table in tables]
+    dtype, device, deterministic = (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
     yield
     torch.set_default_dtype(dtype)
     torch.set_default_device(None if device.type == "cpu" else device)
     torch.use_deterministic_algorithms(deterministic)
-
-
-def _deterministic() -> bool:
-    return torch.are_deterministic_algorithms_enabled()
+    for table, old in zip(tables, before):
+        table.clear()
+        table.update(old)
 
 
 @pytest.fixture
