@@ -9,7 +9,7 @@ n `rope_n_elem`, E experts, V padded vocabulary.
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -162,8 +162,7 @@ class GPT(nn.Module):
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
         if value > self.config.block_size:
-            limit = f"block size is only {self.config.block_size}; shorten the text or raise block_size in the config"
-            raise ValueError(f"Cannot attend to {value} tokens, {limit}")
+            raise ValueError(f"Cannot attend to {value} tokens, block size is only {self.config.block_size}")
         self._max_seq_length = value
 
     def rope_cache(self, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
@@ -405,7 +404,7 @@ class CausalSelfAttention(nn.Module):
             k_pos = cache.positions(input_pos[..., -1:])[..., used]
         if isinstance(mask, Tensor):
             return self.scaled_dot_product_attention(q, k_all, v_all, mask[..., : k_all.size(2)])
-        order = TokenOrder(input_pos, k_pos, self.config.causal, self.window)
+        order = TokenOrder(input_pos, k_pos, self.config.causal, self.window, TokenMask())
         return attend_in_blocks(self.scaled_dot_product_attention, q, k_all, v_all, order)
 
     def attend_afresh(self, q: Tensor, k: Tensor, v: Tensor, mask: TokenMask | Tensor | None) -> Tensor:
@@ -423,14 +422,18 @@ class CausalSelfAttention(nn.Module):
     def scaled_dot_product_attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool | None = None
     ) -> Tensor:
-        """The kernel: `q` `(B, nh, T, hs)`, `k`, `v` `(B, G, S, hs)`, boolean `mask` `(.., T, S)` to `(B, T, nh, hs)`.
+        """The kernel: `q` `(B, nh, T, hs)`, `k`, `v` `(B, G, S, hs)`, boolean `mask` `(.., T, S)`: `(B, T, nh, hs)`.
         Without a mask attention is causal unless told otherwise. K and V are never expanded to nh heads."""
         B, nh, T, _ = q.shape
         G, softcap = k.size(1), self.config.attention_logit_softcapping
         is_causal = mask is None and T > 1 if is_causal is None else is_causal
         dropout = self.config.dropout if self.training else 0.0
-        if softcap is not None:
-            return softcapped_attention(q, k, v, mask, is_causal, self.scale, softcap, dropout).transpose(1, 2)
+        # with gradients to make, the CPU's fused kernel takes twice as long in low precision at T = 256
+        slow = q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad and k.size(2) <= 512
+        if softcap is not None or slow:
+            if is_causal:
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=q.device).tril()
+            return explicit_attention(q, k, v, mask, self.scale, softcap, dropout).transpose(1, 2)
         if nh != G and T == 1 and (mask is None or mask.dim() < 3 or mask.size(1) == 1):
             # the heads of a group are queries of one key head: no kernel need know of groups
             q = q.view(B, G, nh // G, -1)  # (B, G, nh / G, hs)
@@ -488,7 +491,7 @@ class MultiheadLatentAttention(CausalSelfAttention):
         self.kv_cache: KVCache | None = None
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `(B, nh, T, nope + rope)`, latents `(B, 1, T, rank)` and rotary keys `(B, 1, T, rope)` of all heads."""
+        """Queries `(B, nh, T, nope + rope)`, latents `(B, 1, T, rank)`, rotary keys `(B, 1, T, rope)` of all heads."""
         config, rope = self.config, self.config.qk_rope_head_dim
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if config.q_lora_rank else self.q_proj(x)
         q = q.unflatten(-1, (config.n_head, -1))  # (B, T, nh, nope + rope)
@@ -534,11 +537,10 @@ class TokenOrder:
 
     q_pos: Tensor  # (T,) or (B, T)
     k_pos: Tensor  # (S,) or (B, S); a negative position is an empty slot
-    causal: bool = True
-    window: int | None = None
-    tokens: TokenMask = field(default_factory=TokenMask)
-    same_tokens: bool = False
-    """The keys are the queries' own tokens, in order: what lies ahead or behind the window need not be read."""
+    causal: bool
+    window: int | None
+    tokens: TokenMask
+    same_tokens: bool = False  # the keys are the queries' own: what is ahead or behind the window need not be read
 
     def keys(self, rows: slice) -> slice:
         """The keys that the queries `rows` may need."""
@@ -575,19 +577,17 @@ def attend_in_blocks(kernel: Any, q: Tensor, k: Tensor, v: Tensor, order: TokenO
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)  # (B, T, nh, hs)
 
 
-def softcapped_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, softcap: float, dropout: float
+def explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, dropout: float
 ) -> Tensor:
-    """Attention with soft-capped scores and the softmax in float32: `(B, nh, T, hs)` (arXiv 2408.00118)."""
+    """Attention as two matrix products and a softmax in float32, with soft-capping: `(B, nh, T, hs)`."""
     B, nh, T, _ = q.shape
     G, S = k.size(1), k.size(2)
-    scores = (q.reshape(B, G, nh // G * T, -1) @ k.transpose(-2, -1)).view(B, nh, T, S)
-    scores = do_softcapping(scores * scale, softcap)
-    if is_causal:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    scores = (q.reshape(B, G, nh // G * T, -1) * scale) @ k.transpose(-2, -1)  # (B, G, nh / G * T, S)
+    scores = do_softcapping(scores.view(B, nh, T, S), softcap)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    weights = F.dropout(F.softmax(scores, dim=-1, dtype=torch.float32), dropout).to(q.dtype)
+        scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    weights = F.dropout(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), dropout)
     return (weights.view(B, G, nh // G * T, S) @ v).view(B, nh, T, -1)
 
 
@@ -637,7 +637,6 @@ class KVCache(nn.Module):
         return last - (last - slots) % self.k.size(2) if self.is_ring else slots
 
     def reset_parameters(self) -> None:
-        """Forgets everything."""
         self.k.zero_()
         self.v.zero_()
 
@@ -751,7 +750,6 @@ class GroupedTopkRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the weights as the linear layers of the model; the correction starts at 0."""
         nn.init.normal_(self.weight, mean=0.0, std=math.sqrt(2.0 / 5 / self.config.n_embd))
         nn.init.zeros_(self.e_score_correction_bias)
 
@@ -806,11 +804,12 @@ register_norm(nn.LayerNorm)
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -> Tensor:
     """Rotates the first n elements of the last dimension; `cos` and `sin` `(.., n)` broadcast (arXiv 2104.09864).
     Partners are half of n apart; with `interleave` they come as neighbours and leave half of n apart (DeepSeek)."""
-    n, half = cos.size(-1), cos.size(-1) // 2
-    x1, x2 = (x[..., 0:n:2], x[..., 1:n:2]) if interleave else (x[..., :half], x[..., half:n])
+    half = cos.size(-1) // 2
+    x1, x2, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
+    if interleave:
+        x1, x2 = torch.cat((x1, x2), dim=-1).unflatten(-1, (half, 2)).unbind(-1)
     c, s = cos[..., :half], sin[..., :half]
-    parts = [x1 * c - x2 * s, x2 * c + x1 * s]
-    return torch.cat([*parts, x[..., n:]] if n < x.size(-1) else parts, dim=-1)
+    return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s, rest), dim=-1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -> Tensor:
@@ -923,35 +922,37 @@ class ChunkedHeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if need_x else None
         grad_w = grad_b = None
+        rows = max(1, 2**20 // len(w)) if x.device.type == "cpu" else chunk  # what a CPU's cache holds
         with torch.autocast(x.device.type, enabled=False):
             for i in range(0, len(x), chunk):
                 xc, tc = x[i : i + chunk].to(dtype), targets[i : i + chunk].unsqueeze(1)
-                real, picked = tc != IGNORE_INDEX, tc.clamp(min=0)  # (chunk, 1)
-                logits = do_softcapping(F.linear(xc, w, b).float(), softcap)  # (chunk, V)
-                lse = logits.logsumexp(dim=1, keepdim=True)
-                total += ((lse - logits.gather(1, picked)) * real).sum()
-                if not (need_x or need_w):
-                    continue
-                slope = 1 - (logits / softcap).square() if softcap else None
-                # softmax minus one-hot, in place; an infinite norm makes the rows without a target 0
-                lse = lse.masked_fill(~real, float("inf"))
-                grad = logits.sub_(lse).exp_().scatter_add_(1, picked, -real.float())
-                grad = (grad if slope is None else grad * slope).to(dtype)
+                logits = F.linear(xc, w, b)  # (chunk, V), turned into their gradient in place
+                for row, t in zip(logits.split(rows), tc.split(rows)):
+                    real, picked = t != IGNORE_INDEX, t.clamp(min=0)  # (rows, 1)
+                    part = do_softcapping(row.float(), softcap)
+                    log_p = F.log_softmax(part, dim=1)
+                    total -= (log_p.gather(1, picked) * real).sum()
+                    if need_x or need_w:
+                        grad = log_p.exp_().scatter_add_(1, picked, -real.float()).mul_(real)
+                        grad = grad if softcap is None else grad.mul_(1 - (part / softcap).square_())
+                        row.copy_(grad)
                 if need_x:
-                    grad_x[i : i + chunk] = grad @ w
+                    grad_x[i : i + chunk] = logits @ w
                 if need_w:
-                    part = grad.t() @ xc
+                    part = logits.t() @ xc
                     grad_w = part.to(weight.dtype) if grad_w is None else grad_w.add_(part)
                     if bias is not None:
-                        grad_b = grad.sum(dim=0, dtype=torch.float32) + (0 if grad_b is None else grad_b)
-        ctx.save_for_backward(grad_x, grad_w, None if grad_b is None else grad_b.to(bias.dtype))
+                        grad_b = logits.sum(dim=0, dtype=torch.float32) + (0 if grad_b is None else grad_b)
+        ctx.grads = [grad_x, grad_w, None if grad_b is None else grad_b.to(bias.dtype)]
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Scales the gradients that the forward pass left."""
-        grads = [None if g is None else g * grad_output.to(g.dtype) for g in ctx.saved_tensors]
-        return (*grads, None, None, None)
+        """Scales, in place, the gradients that the forward pass left."""
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError("The loss of a chunked head can be sent backward once only")
+        return (*(None if g is None else g.mul_(grad_output) for g in grads), None, None, None)
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
