@@ -5,7 +5,7 @@ import copy
 import os
 import tempfile
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,28 @@ from litgpt.registry import ModelSpec, get_model_spec, resolve_model
 from litgpt.tokenizer import Tokenizer
 
 
+@dataclass(frozen=True)
+class RunSettings:
+    """What `Config.update_from_run` learns of a run."""
+
+    max_seq_length: int | None
+    """Tokens per sample, if the user says so."""
+    vocab_size: int | None
+    """Tokens that the tokenizer has, if there is one."""
+
+
+def open_tokenizer(tokenizer_dir: Path | None) -> Tokenizer | None:
+    """The tokenizer in a folder, if one is given."""
+    if tokenizer_dir is not None and not Path(tokenizer_dir).is_dir():
+        raise FileNotFoundError(
+            f"--tokenizer_dir {tokenizer_dir} does not exist: give a folder that `litgpt train_tokenizer` or "
+            "`litgpt download NAME --tokenizer_only true` made."
+        )
+    return None if tokenizer_dir is None else Tokenizer(tokenizer_dir)
+
+
 def choose_model(
-    model_name: str | None, model_config: Config | dict | None, train: TrainArgs
+    model_name: str | None, model_config: Config | dict | None, train: TrainArgs, tokenizer: Tokenizer | None = None
 ) -> tuple[ModelSpec, Config]:
     """The model to train, its config adapted to the run."""
     if isinstance(model_config, Config):
@@ -34,7 +54,15 @@ def choose_model(
         spec, config = resolve_model(model_name, model_config)
     if train.tie_embeddings:
         config.tie_embeddings = True
-    return spec, config.update_from_run(train)
+    n_tokens = None if tokenizer is None else count_tokens(tokenizer)
+    return spec, config.update_from_run(RunSettings(train.max_seq_length, n_tokens))
+
+
+def count_tokens(tokenizer: Tokenizer) -> int:
+    """Size of the vocabulary, added tokens included."""
+    processor = tokenizer.processor
+    added = processor.get_vocab_size(with_added_tokens=True) if hasattr(processor, "get_vocab_size") else 0
+    return max(tokenizer.vocab_size, added)
 
 
 def choose_data(data: DataModule | None, tokenizer: Tokenizer | None) -> DataModule:
@@ -65,11 +93,7 @@ def check_fit(config: Config, train: TrainArgs, tokenizer: Tokenizer | None) -> 
             f"--train.max_seq_length {train.max_seq_length} is above the model's block_size {config.block_size}: lower "
             f"it, or raise --model_config.block_size."
         )
-    if tokenizer is None:
-        return
-    n_tokens = tokenizer.vocab_size
-    if hasattr(processor := tokenizer.processor, "get_vocab_size"):
-        n_tokens = max(n_tokens, processor.get_vocab_size(with_added_tokens=True))
+    n_tokens = 0 if tokenizer is None else count_tokens(tokenizer)
     if n_tokens > config.padded_vocab_size:
         raise ValueError(
             f"The tokenizer has {n_tokens} tokens, the model {config.padded_vocab_size}: give "

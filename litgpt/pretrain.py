@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.checkpoint.atomic import remove_leftovers
-from litgpt.checkpoint.folders import WEIGHTS_NAME, find_resume_path, step_files
+from litgpt.checkpoint.folders import WEIGHTS_NAME, extend_checkpoint_dir, find_resume_path, step_files
 from litgpt.checkpoint.io import check_crc
 from litgpt.config import Config
 from litgpt.data.base import DataModule
@@ -29,7 +29,15 @@ from litgpt.objective import NextToken, Objective
 from litgpt.optimizers import build_optimizer, read_optimizer
 from litgpt.parallel import build_strategy
 from litgpt.parser_config import capture_hparams, remember_hyperparameters
-from litgpt.preflight import check_fit, check_writable, choose_data, choose_model, init_out_dir, open_tracker
+from litgpt.preflight import (
+    check_fit,
+    check_writable,
+    choose_data,
+    choose_model,
+    init_out_dir,
+    open_tokenizer,
+    open_tracker,
+)
 from litgpt.registry import ModelSpec, get_model_spec, get_objective, model_names
 from litgpt.run_state import load_model, restore_rng, resume_run, rotate_checkpoints, save_run
 from litgpt.tokenizer import Tokenizer
@@ -121,8 +129,10 @@ def setup(
     remember_hyperparameters(setup, locals())
     hparams = capture_hparams()
     validate_args(train, eval, initial_checkpoint_dir, resume, overfit)
-    spec, config = choose_model(model_name, model_config, train)
-    tokenizer = Tokenizer(tokenizer_dir) if tokenizer_dir is not None else None
+    tokenizer_dir = tokenizer_dir and extend_checkpoint_dir(tokenizer_dir)
+    initial_checkpoint_dir = initial_checkpoint_dir and extend_checkpoint_dir(initial_checkpoint_dir)
+    tokenizer = open_tokenizer(tokenizer_dir)
+    spec, config = choose_model(model_name, model_config, train, tokenizer)
     check_fit(config, train, tokenizer)
     data = choose_data(data, tokenizer)
     chosen_objective = get_objective(objective or spec.objective)

@@ -3,7 +3,15 @@ import pytest
 from litgpt.args import LogArgs, TrainArgs
 from litgpt.config import Config
 from litgpt.data import PythonDocs, TinyLlama
-from litgpt.preflight import check_fit, check_writable, choose_data, choose_model, init_out_dir, open_tracker
+from litgpt.preflight import (
+    check_fit,
+    check_writable,
+    choose_data,
+    choose_model,
+    init_out_dir,
+    open_tokenizer,
+    open_tracker,
+)
 from litgpt.tokenizer import Tokenizer
 
 
@@ -27,13 +35,15 @@ def test_tied_model_stays_tied_unless_its_config_says_otherwise(asked):
     assert config.tie_embeddings
 
 
-def test_run_may_change_the_config():
+def test_run_may_change_the_config(tiny_tokenizer_dir):
     class Adapting(Config):
         def update_from_run(self, run):
-            self.block_size = run.max_seq_length
+            self.block_size, self.vocab_size = run.max_seq_length, run.vocab_size
             return self
 
-    assert choose_model(None, Adapting(n_layer=1), TrainArgs(max_seq_length=24))[1].block_size == 24
+    train, tokenizer = TrainArgs(max_seq_length=24), Tokenizer(tiny_tokenizer_dir)
+    config = choose_model(None, Adapting(n_layer=1), train, tokenizer)[1]
+    assert (config.block_size, config.vocab_size) == (24, tokenizer.vocab_size)
 
 
 def test_default_data_is_taken_where_it_has_been_prepared(tmp_path, monkeypatch):
@@ -42,6 +52,13 @@ def test_default_data_is_taken_where_it_has_been_prepared(tmp_path, monkeypatch)
         choose_data(None, None)
     (tmp_path / "data" / "slimpajama" / "train").mkdir(parents=True)
     assert isinstance(choose_data(None, None), TinyLlama)
+
+
+def test_tokenizer_folder_that_is_missing_is_named(tmp_path, tiny_tokenizer_dir):
+    assert open_tokenizer(None) is None
+    assert open_tokenizer(tiny_tokenizer_dir).vocab_size == Tokenizer(tiny_tokenizer_dir).vocab_size
+    with pytest.raises(FileNotFoundError, match=r"--tokenizer_dir .*nowhere does not exist.*train_tokenizer"):
+        open_tokenizer(tmp_path / "nowhere")
 
 
 def test_text_needs_a_tokenizer_and_tokens_do_not(tiny_tokenizer_dir):

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from litgpt import pretrain
+from litgpt import pretrain, run_state
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.checkpoint.io import load_torch
 from litgpt.config import Config
@@ -445,6 +445,20 @@ def test_output_folder_that_cannot_be_written_is_refused_before_the_model_is_bui
         run("file/out")
 
 
+def test_full_disk_ends_the_run_and_leaves_the_checkpoint_before(run, monkeypatch):
+    original = run_state.save_torch
+
+    def save_torch(payload, path):
+        if payload["step_count"] == 4:
+            raise OSError(28, f"cannot write {path}: No space left on device")
+        original(payload, path)
+
+    monkeypatch.setattr(run_state, "save_torch", save_torch)
+    with pytest.raises(OSError, match="No space left"):
+        run(train={"save_interval": 2})
+    assert sorted(p.name for p in Path("out").iterdir() if p.is_dir()) == ["logs", "step-00000002"]
+
+
 def test_missing_tracker_package_is_a_warning(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", False)
@@ -468,6 +482,12 @@ def test_weights_to_start_from_are_loaded(run):
     assert rows_of(out)[0]["loss"] < rows_of(first)[-1]["loss"] + 0.3 < rows_of(first)[0]["loss"]
     with pytest.raises(ValueError, match="do not fit the model"):
         run("misfit", initial_checkpoint_dir=first / "final", model_config={"n_embd": 64})
+
+
+def test_folders_below_checkpoints_are_found_by_their_name(run, corpus):
+    first = run("checkpoints/org/first")
+    run("more", initial_checkpoint_dir=Path("org/first/final"), tokenizer_dir=Path("org/first/final"))
+    assert rows_of(Path("more"))[0]["loss"] < rows_of(first)[0]["loss"] - 0.5
 
 
 def test_tied_embeddings_are_one_weight_and_stay_so(run):
