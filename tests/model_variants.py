@@ -52,9 +52,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def config_of(variant: str = "mha", **fields: Any) -> Config:
+    """The config of a variant; `fields` replace its own."""
+    return Config(**SIZES | VARIANTS[variant] | fields)
+
+
 def build_model(variant: str = "mha", **fields: Any) -> GPT:
     """A model whose every parameter is random and large enough to matter; `fields` replace those of the config."""
-    model = GPT(Config(**SIZES | VARIANTS[variant] | fields))
+    model = GPT(config_of(variant, **fields))
     model.init_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
