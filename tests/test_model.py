@@ -198,6 +198,13 @@ def test_positions_outside_of_the_cache_are_refused(end):
         model(random_tokens(1, 1), torch.tensor([8]), end)
 
 
+def test_packed_documents_with_a_cache_are_refused():
+    model, idx = build_model(), random_tokens(1, 6)
+    model.set_kv_cache(1)
+    with pytest.raises(ValueError, match="segment_ids"):
+        model(idx, torch.arange(6), segment_ids=torch.tensor([[0, 0, 0, 1, 1, 1]]))
+
+
 def test_a_longer_cache_raises_the_length_of_the_model():
     model = build_model()
     model.max_seq_length = 10

@@ -115,6 +115,15 @@ def test_blocks_take_positions_alone_and_use_the_cache(variant):
     assert_close(torch.cat(parts, dim=1), full)
 
 
+def test_blocks_without_cosines_choose_longrope_factors_by_the_cache():
+    adjustments = dict(short_factor=[1.0] * 4, long_factor=[1.0, 2.0, 4.0, 8.0], original_max_seq_len=16, factor=2.0)
+    block = build_model("window", rope_adjustments=adjustments).transformer.h[0]
+    x = torch.randn(1, 24, 32)
+    block.attn.kv_cache = block.attn.build_kv_cache(1, 24)
+    steps = [block(x[:, i : i + 1], input_pos=torch.tensor([i])) for i in range(24)]
+    assert_close(torch.cat(steps, dim=1), block(x))
+
+
 @pytest.mark.parametrize("variant", ["mha", "gqa", "gemma2", "mla"])
 def test_a_mask_tensor_takes_the_place_of_causality(variant):
     """As blocks written for 0.5 call it: `block(x, cos, sin, mask, input_pos)`."""
@@ -256,6 +265,8 @@ def test_a_model_of_ones_own_has_the_rest_of_the_interface():
     assert model.get_nparams_and_flops(16).total == sum(p.numel() for p in model.parameters())
     assert model.to(torch.float64).lm_head.weight.dtype == torch.float64
     model.float().init_weights()
+    assert model.lm_head.weight.std().item() == pytest.approx(0.05, rel=0.05)  # as the model's own _init_weights says
+    assert (model.transformer.ln_f.weight == 1).all()
     other = build_custom()
     other.load_state_dict(model.state_dict())
     idx = torch.randint(0, 1000, (1, 8))

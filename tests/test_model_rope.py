@@ -139,6 +139,21 @@ def test_methods_differ_from_plain_rope_where_it_matters():
         assert ratios[0] == 1 and ratios.max() > 1.5 and len({round(r, 3) for r in ratios.tolist()}) > 2, method
 
 
+@pytest.mark.parametrize(
+    "extra_config",
+    [
+        dict(factor=8.0, low_freq_factor=1.0, original_max_seq_len=64),
+        dict(factor=8.0, high_freq_factor=4.0),
+        dict(beta_fast=32.0, beta_slow=1.0),
+        dict(low_freq_factor=1.0, high_freq_factor=4.0, **YARN),
+        dict(unknown=1.0),
+    ],
+)
+def test_partial_and_mixed_methods_are_refused(extra_config):
+    with pytest.raises(ValueError, match="rope_adjustments"):
+        build_rope_cache(LENGTH, N, extra_config=extra_config)
+
+
 def test_local_base_adds_a_last_dimension():
     cos, sin = build_rope_cache(LENGTH, N, extra_config=dict(factor=8.0), rope_local_base_freq=100.0)
     assert cos.shape == sin.shape == (LENGTH, N, 2)
