@@ -5,10 +5,7 @@ import torch.nn.functional as F
 
 
 def chunked_cross_entropy(
-    logits: torch.Tensor | list[torch.Tensor],
-    targets: torch.Tensor,
-    chunk_size: int = 128,
-    ignore_index: int = -100,
+    logits: torch.Tensor | list[torch.Tensor], targets: torch.Tensor, chunk_size: int = 128, ignore_index: int = -100
 ) -> torch.Tensor:
     """Mean cross-entropy over the targets that are not ignored, computed a few rows at a time to bound memory.
 

@@ -4,10 +4,7 @@ Most styles are data: a template with a slot `{}` for the system prompt and one 
 subclass of `PromptStyle` with an `apply`; prompt_style.yaml in a checkpoint folder names the style in use.
 """
 
-import importlib
-import inspect
 import re
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
+from litgpt.class_path import class_path, find_subclass, init_args
 from litgpt.config import nearest
 
 if TYPE_CHECKING:
@@ -438,39 +436,11 @@ def save_prompt_style(style: str | PromptStyle, checkpoint_dir: Path | str) -> N
         checkpoint_dir: folder for the file.
     """
     style = PromptStyle.from_name(style) if isinstance(style, str) else style
-    content: dict[str, Any] = {"class_path": _class_path(type(style))}
-    if init_args := _init_args(style):
-        content["init_args"] = init_args
+    content: dict[str, Any] = {"class_path": class_path(type(style))}
+    if arguments := init_args(style, STYLE_FILE):
+        content["init_args"] = arguments
     with open(Path(checkpoint_dir) / STYLE_FILE, "w", encoding="utf-8") as file:
         yaml.safe_dump(content, file, sort_keys=False, allow_unicode=True)
-
-
-def _class_path(style_class: type[PromptStyle]) -> str:
-    return f"{style_class.__module__}.{style_class.__name__}"
-
-
-def _init_args(style: PromptStyle) -> dict[str, Any]:
-    """The arguments that make another such style, as far as it stores them and YAML can hold them."""
-    parameters = inspect.signature(type(style)).parameters.values()
-    parameters = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    has_defaults = all(p.default is not p.empty for p in parameters)
-    untouched = type(style)() if has_defaults and parameters else None
-    init_args = {}
-    for parameter in parameters:
-        name = parameter.name
-        default = getattr(untouched, name, parameter.default)
-        try:
-            value = getattr(style, name)
-            if value != default:
-                yaml.safe_dump(value)
-                init_args[name] = value
-        except (AttributeError, yaml.YAMLError):
-            warnings.warn(
-                f"{STYLE_FILE} will lack the argument {name!r} of {type(style).__name__}: a style must store it as"
-                f" self.{name}, and it must be a text, number, list or dictionary.",
-                stacklevel=3,
-            )
-    return init_args
 
 
 def load_prompt_style(checkpoint_dir: Path | str) -> PromptStyle:
@@ -484,37 +454,12 @@ def load_prompt_style(checkpoint_dir: Path | str) -> PromptStyle:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    class_path = content.get("class_path") if isinstance(content, dict) else None
-    init_args = (content.get("init_args") or {}) if isinstance(content, dict) else {}
-    if not isinstance(class_path, str) or not isinstance(init_args, dict):
+    wanted = content.get("class_path") if isinstance(content, dict) else None
+    arguments = (content.get("init_args") or {}) if isinstance(content, dict) else {}
+    if not isinstance(wanted, str) or not isinstance(arguments, dict):
         raise ValueError(f"{str(path)!r} must hold a line such as `class_path: litgpt.prompts.Alpaca`.")
-    style_class = _find_style_class(class_path, path)
+    style_class = find_subclass(wanted, PromptStyle, repr(str(path)))
     try:
-        return style_class(**init_args)
+        return style_class(**arguments)
     except TypeError as error:
-        raise ValueError(f"{str(path)!r}: {class_path} cannot be made with init_args {init_args}: {error}") from error
-
-
-def _find_style_class(class_path: str, path: Path) -> type[PromptStyle]:
-    """The class called `class_path`: one already defined, else from a module that can be imported."""
-    for known in _subclasses(PromptStyle):
-        if _class_path(known) == class_path:
-            return known
-    module_name, _, class_name = class_path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except Exception as error:  # the module may fail in any way
-        raise ValueError(
-            f"{str(path)!r}: prompt style {class_path!r} cannot be imported ({error});"
-            " put its file on PYTHONPATH or load it with --extend."
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, PromptStyle)):
-        raise ValueError(f"{str(path)!r}: {class_path!r} is not a subclass of litgpt.prompts.PromptStyle.")
-    return found
-
-
-def _subclasses(style_class: type[PromptStyle]) -> Iterator[type[PromptStyle]]:
-    """All classes below `style_class`; of two with one name the later definition comes first."""
-    for child in reversed(style_class.__subclasses__()):
-        yield child
-        yield from _subclasses(child)
+        raise ValueError(f"{str(path)!r}: {wanted} cannot be made with init_args {arguments}: {error}") from error

@@ -64,7 +64,7 @@ def register_model(
         ValueError: The name is taken; the message says by what.
     """
     _claim("model", name)
-    if vars(config).get("model_type", name) != name:
+    if vars(config).get("model_type", name) != name or config.__module__ == Config.__module__:
         config = type(config.__name__, (config,), {"__module__": config.__module__, "__doc__": config.__doc__})
     config.model_type = name
     _models[name] = ModelSpec(name, model, config, sizes, **parts)

@@ -1,5 +1,6 @@
 """The state of a run: its model, random generators, checkpoint folders, and going on from one of them."""
 
+import math
 import os
 import random
 import shutil
@@ -27,15 +28,37 @@ if TYPE_CHECKING:
 def load_model(fabric: "L.Fabric", spec: ModelSpec, config: Config, weights: Path | None) -> nn.Module:
     """The model with weights of a checkpoint, or new ones; one without `init_weights` has them when it is built."""
     with fabric.init_tensor():
-        if not hasattr(spec.model, "init_weights"):
-            model = build_model(spec, config)
-        else:
-            with torch.device("meta"):
-                model = build_model(spec, config)
-            model.to_empty(device="cpu" if is_sharded(fabric) else fabric.device)
-            model.init_weights()
+        device = torch.device("cpu") if is_sharded(fabric) else fabric.device
+        model = build_initialised(spec, config, device) if hasattr(spec.model, "init_weights") else None
+        model = build_model(spec, config) if model is None else model
     if weights is not None:
         load_model_weights(model, weights)
+    return model
+
+
+@torch.no_grad()
+def build_initialised(spec: ModelSpec, config: Config, device: torch.device) -> nn.Module:
+    """A new model whose weights were drawn once, by its `init_weights`: its constructor runs on the meta device.
+
+    What `init_weights` leaves alone, such as a parameter of a module of your own without `reset_parameters`, is what
+    the constructor makes it. NaN shows whether there is such a tensor; then the model is built again, in memory.
+    """
+    try:
+        with torch.device("meta"):
+            model = build_model(spec, config)
+        model.to_empty(device=device)
+        tensors = [*model.parameters(), *model.buffers()]
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                tensor.fill_(math.nan)
+        model.init_weights()
+        if all(tensor.is_floating_point() and not tensor.isnan().any() for tensor in tensors):
+            return model
+    except (NotImplementedError, RuntimeError):  # its constructor reads values of tensors
+        pass
+    with device:
+        model = build_model(spec, config)
+    model.init_weights()
     return model
 
 

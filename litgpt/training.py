@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -63,6 +63,30 @@ class BatchStream:
         kept = list(islice(self._read(), self.overfit))
         for index in count(skip):
             yield kept[index % len(kept)]
+
+
+class CycleIterator:
+    """Goes through an iterable again and again; `epoch` counts how often it has come to the end."""
+
+    def __init__(self, iterable: Iterable) -> None:
+        self.iterable, self.epoch, self._iterator = iterable, 0, None
+
+    def __iter__(self) -> "CycleIterator":
+        return self
+
+    def __next__(self) -> Any:
+        if self._iterator is None:
+            self._iterator = iter(self.iterable)
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            self._iterator, self.epoch = iter(self.iterable), self.epoch + 1
+            return next(self._iterator)
+
+
+def num_parameters(module: nn.Module, requires_grad: bool | None = None) -> int:
+    """Number of parameters; only those with, or without, gradients if `requires_grad` says so."""
+    return sum(p.numel() for p in module.parameters() if requires_grad is None or p.requires_grad == requires_grad)
 
 
 def split_examples(batch: Any) -> Sequence[Mapping[str, Any]]:

@@ -34,7 +34,7 @@ NAMED = [(name, facts) for name, facts in STYLES if not name.startswith("(")]
 CONVERSATIONS = [(name, facts) for name, facts in STYLES if "messages_with_system" in facts]
 
 CORRECTED_STYLES = {
-    "CodeLlama-34b-Instruct-hf": "CodeLlama",  # 0.5.13 found "Llama-3" in "CodeLlama-34b" and took Llama3's form
+    "CodeLlama-34b-Instruct-hf": "CodeLlama"  # 0.5.13 found "Llama-3" in "CodeLlama-34b" and took Llama3's form
 }
 
 

@@ -6,7 +6,7 @@ import torch
 import yaml
 
 from litgpt import extension, registry
-from litgpt.config import Config, save_config
+from litgpt.config import Config, LlamaConfig, MistralConfig, save_config
 from litgpt.model import GPT
 from litgpt.objective import NextToken, Objective
 from litgpt.registry import (
@@ -100,6 +100,8 @@ def test_config_class_gets_the_model_type_and_a_shared_one_is_subclassed(gated):
     assert Config.model_type == "gpt"
     assert register_model("third", model=GPT, config=GatedConfig, sizes={}).config.model_type == "third"
     assert GatedConfig.model_type == "gated"
+    register_model("lama", model=GPT, config=LlamaConfig, sizes={})
+    assert LlamaConfig.model_type == MistralConfig.model_type == "gpt", "the family classes are everybody's"
 
 
 def test_checkpoint_config_leads_back_to_its_model(gated, tmp_path):

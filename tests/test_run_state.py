@@ -1,3 +1,4 @@
+import math
 import random
 
 import pytest
@@ -65,6 +66,35 @@ def test_module_without_init_weights_keeps_what_its_constructor_drew(fabric):
 
     model = load_model(fabric, ModelSpec("plain", Plain, Config, {}), Config(**TINY), None)
     assert model.weight.tolist() == [3.0, 3.0]
+
+
+class OwnParts(GPT):
+    """Has a parameter, a buffer and a number table that `init_weights` does not know."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate = nn.Parameter(torch.full((3,), 0.5))
+        self.register_buffer("positions", torch.arange(4) / 4)
+        if config.n_layer == 2:
+            self.register_buffer("table", torch.arange(4))
+
+
+@pytest.mark.parametrize("n_layer", [1, 2])
+def test_what_init_weights_leaves_alone_is_what_the_constructor_makes(fabric, n_layer):
+    model = load_model(fabric, ModelSpec("own", OwnParts, Config, {}), Config(**{**TINY, "n_layer": n_layer}), None)
+    assert model.gate.tolist() == [0.5] * 3 and model.positions.tolist() == [0, 0.25, 0.5, 0.75]
+    assert n_layer == 1 or model.table.tolist() == [0, 1, 2, 3]
+    assert abs(model.lm_head.weight.std().item() - math.sqrt(0.4 / 32)) < 0.01, "init_weights still draws the rest"
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_model_whose_constructor_reads_tensors_is_built_in_memory(fabric):
+    class Reads(GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.largest = self.lm_head.weight.max().item()
+
+    assert load_model(fabric, ModelSpec("reads", Reads, Config, {}), Config(**TINY), None).largest > 0
 
 
 def test_rotation_keeps_the_newest_by_number_and_touches_nothing_else(fabric, tmp_path):

@@ -18,6 +18,7 @@ from litgpt.model import GPT
 from litgpt.objective import NextToken
 from litgpt.training import (
     BatchStream,
+    CycleIterator,
     LearningRate,
     NonFiniteError,
     Signals,
@@ -25,6 +26,7 @@ from litgpt.training import (
     explain,
     finish_step,
     get_lr,
+    num_parameters,
     split_examples,
     to_device,
 )
@@ -302,3 +304,15 @@ def test_second_stop_signal_ends_the_process_at_once():
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) == 130
+
+
+def test_cycle_iterator_counts_the_epochs_it_has_ended():
+    cycle = CycleIterator([1, 2])
+    assert [next(cycle) for _ in range(5)] == [1, 2, 1, 2, 1]
+    assert cycle.epoch == 2
+
+
+def test_num_parameters_tells_trained_from_frozen_ones():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1, bias=False))
+    model[0].requires_grad_(False)
+    assert (num_parameters(model), num_parameters(model, True), num_parameters(model, False)) == (10, 2, 8)

@@ -128,9 +128,11 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - start)
     speed = {name: B * T / statistics.median(s) for name, s in seconds.items()}
     flops = sides["ours"].model.get_nparams_and_flops(T).flops_per_token * speed["ours"]
+    plain, fused = speed["ours"] / speed["theirs"], speed["ours"] / speed["theirs-fused"]
     print(f"{args.shape} {args.precision} {'compiled' if args.compile else 'eager'}, {args.threads} threads")
-    print("tokens/s  " + "  ".join(f"{name} {value:.0f}" for name, value in speed.items()), f" ({flops / 1e9:.0f} GFLOP/s)")
-    print(f"speed     {speed['ours'] / speed['theirs']:.2f} x, {speed['ours'] / speed['theirs-fused']:.2f} x with theirs fused")
+    print("tokens/s  " + "  ".join(f"{name} {value:.0f}" for name, value in speed.items()))
+    print(f"ours      {flops / 1e9:.0f} GFLOP/s")
+    print(f"speed     {plain:.2f} x, {fused:.2f} x with theirs fused")
     if not args.no_memory:
         memory = {name: memory_of(name, args) for name in names[:2]}
         print(f"memory    {memory['ours']:.0f} / {memory['theirs']:.0f} MB = {memory['ours'] / memory['theirs']:.2f} x")
