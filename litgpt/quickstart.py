@@ -64,6 +64,7 @@ def setup(
             micro_batch_size=BATCH_SIZE,
             max_tokens=int(1e12),
             max_steps=steps,
+            max_time=90 * minutes,  # should the machine turn slower than it was
             max_seq_length=CONTEXT,
             max_norm=1.0,
             lr_warmup_steps=steps // 20,

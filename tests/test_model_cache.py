@@ -218,6 +218,17 @@ def test_packed_documents_equal_separate_ones(variant):
         assert_close(logits[row : row + 1], alone)
 
 
+def test_texts_start_at_position_zero_wherever_they_stand():
+    """RoPE would not notice a shift; positions learnt by heart would."""
+    model, idx = build_model(), random_tokens(2, 6)
+    mask = torch.tensor([[False, False, True, True, True, True], [True] * 6])
+    assert model.build_context(idx, mask=mask).positions.tolist() == [[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
+    segment_ids = torch.tensor([[0, 0, 0, 1, 1, 2], [4, 4, 4, 4, 4, 4]])
+    packed = model.build_context(idx, segment_ids=segment_ids)
+    assert packed.positions.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]
+    assert model.build_context(idx).positions.tolist() == [0, 1, 2, 3, 4, 5]
+
+
 @every_variant
 @pytest.mark.parametrize("shape", ["(T,)", "(B, T)"])
 def test_positions_may_be_given_as_float(variant, shape):

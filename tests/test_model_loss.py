@@ -130,6 +130,9 @@ def test_autocast_agrees_with_the_logits_under_autocast(chunk_bytes, variant, ba
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same_training(model, *batch, tolerance=BF16_TOLERANCE)
         total, _ = model(batch[0], targets=batch[1])
+        logits = model(batch[0])
+    assert logits.dtype == torch.bfloat16
+    assert_close(total.detach(), plain_loss(logits, batch[1]).detach())  # the loss of the same rounded logits
     assert_close(total.detach(), model(batch[0], targets=batch[1])[0].detach(), BF16_TOLERANCE)
 
 

@@ -86,6 +86,11 @@ METHODS: dict[str, tuple[dict[str, Any], np.ndarray, float]] = {
         1.0,
     ),
     "yarn": (dict(base=100, extra_config=YARN), yarn(*YARN_ARGS), mscale(8)),
+    "yarn, ramp beyond the last pair": (
+        dict(base=100, extra_config=YARN | dict(beta_fast=64.0, original_max_seq_len=4096)),
+        yarn(8.0, 64.0, 1.0, 4096, 100.0),
+        mscale(8),
+    ),
     "yarn, not truncated": (
         dict(base=100, extra_config=YARN | dict(truncate=False)),
         yarn(*YARN_ARGS, truncate=False),
@@ -258,6 +263,12 @@ def test_yarn_mscale_grows_with_the_logarithm():
     assert yarn_get_mscale(40.0, 0.7) == pytest.approx(0.07 * math.log(40) + 1)
     assert yarn_get_mscale(40.0) == pytest.approx(0.1 * math.log(40) + 1)
     assert yarn_get_mscale(0.5) == yarn_get_mscale(1.0) == yarn_get_mscale() == 1.0
+
+
+def test_yarn_scales_latent_attention_by_the_square_of_mscale():
+    model = build_model("mla", rope_adjustments=YARN | dict(mscale=0.7, mscale_all_dim=1.4))
+    assert model.transformer.h[0].attn.scale == pytest.approx(mscale(8, 1.4) ** 2 / math.sqrt(12))
+    assert build_model("mla", rope_adjustments=YARN).transformer.h[0].attn.scale == pytest.approx(1 / math.sqrt(12))
 
 
 def test_softcapping_squeezes():
