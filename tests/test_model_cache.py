@@ -297,13 +297,15 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+LONG_SIZES = dict(n_layer=1, n_embd=8, n_head=1, intermediate_size=8, vocab_size=16, padded_vocab_size=16)
+
+
 @pytest.mark.parametrize("fields", [dict(sliding_window_size=512), {}, dict(sliding_window_size=512, causal=False)])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("way", ["whole", "chunks", "padded", "packed"])
 def test_no_tensor_grows_with_the_square_of_the_text(fields, softcap, way):
     length = 4096
-    sizes = dict(n_layer=1, n_embd=8, n_head=1, intermediate_size=8, vocab_size=16, padded_vocab_size=16)
-    model = build_model("mha", **sizes, block_size=length, attention_logit_softcapping=softcap, **fields)
+    model = build_model("mha", **LONG_SIZES, block_size=length, attention_logit_softcapping=softcap, **fields)
     idx = torch.randint(0, 16, (1, length))
     if way == "chunks":
         model.set_kv_cache(1)
@@ -318,3 +320,15 @@ def test_no_tensor_grows_with_the_square_of_the_text(fields, softcap, way):
         else:
             model(idx)
     assert length * 16 <= largest.numel <= length * length // 4
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_no_tensor_of_latent_attention_grows_with_the_square_of_the_text(cached):
+    length = 4096
+    fields = dict(latent_attention=dict(LATENT, qk_rope_head_dim=4, v_head_dim=6), block_size=length)
+    model, idx = build_model("mha", **LONG_SIZES, **fields), torch.randint(0, 16, (1, length))
+    if cached:
+        model.set_kv_cache(1)
+    with LargestTensor() as largest:
+        model(idx, *((torch.arange(length), length) if cached else ()), logits_to_keep=1)
+    assert largest.numel <= length * length // 4
