@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 if __package__:
-    from .config import Config, register_mlp, register_norm
+    from .config import Config, register_mlp, register_norm, rope_kind
 else:  # a copy in a fork takes the config.py beside it, never an installed one
-    from config import Config, register_mlp, register_norm
+    from config import Config, register_mlp, register_norm, rope_kind
 
 IGNORE_INDEX = -100
 LOSS_CHUNK_BYTES = 2**27  # most bytes of float32 logits that training holds at a time
@@ -61,6 +61,7 @@ class GPT(nn.Module):
 
     block_class: type["Block"]  # set below to Block; a variant names its own
     _kv_cache_length: int | None = None
+    _max_seq_length: int | None = None
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -71,7 +72,6 @@ class GPT(nn.Module):
         self.transformer.h = nn.ModuleList(self.block_class(config, block_idx) for block_idx in range(config.n_layer))
         self.transformer.ln_f = config.norm_class(config.n_embd, eps=config.norm_eps)
         self.tie_weights()
-        self.max_seq_length = config.block_size
 
     @classmethod
     def from_name(cls, name: str, **kwargs: Any) -> "GPT":
@@ -157,7 +157,7 @@ class GPT(nn.Module):
     @property
     def max_seq_length(self) -> int:
         """Longest sequence to be fed; at most `config.block_size`, where it starts."""
-        return self._max_seq_length
+        return self._max_seq_length or self.config.block_size
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
@@ -174,7 +174,6 @@ class GPT(nn.Module):
     sin = property(lambda self: self.rope_cache()[1], doc="The sines of `rope_cache`.")
 
     def rope_cache_length(self) -> int:
-        """Number of rotated elements `n` of a head."""
         return self.config.rope_n_elem
 
     def build_context(
@@ -190,6 +189,8 @@ class GPT(nn.Module):
                 raise ValueError(f"input_pos {tuple(input_pos.shape)} does not fit idx {tuple(idx.shape)}")
             if self._kv_cache_length is None:
                 raise TypeError("You need to call `gpt.set_kv_cache()` before passing `input_pos`")
+            if segment_ids is not None:
+                raise ValueError("segment_ids are for whole texts: packed documents cannot use the KV cache")
             length = self._kv_cache_length
             # a prefill must know where the cache ends; this waits for the device, once a prefill
             if input_pos_maxp1 is None and not torch.compiler.is_compiling() and (T > 1 or idx.device.type == "cpu"):
@@ -231,9 +232,11 @@ class GPT(nn.Module):
         std_proj = 1 / math.sqrt(self.config.n_embd) / self.config.n_layer
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                self._init_weights(module, std_proj if name.endswith(".proj") else std)
+                GPT._init_weights(self, module, std_proj if name.endswith(".proj") else std)
             elif hasattr(module, "reset_parameters"):
                 module.reset_parameters()
+        if type(self)._init_weights is not GPT._init_weights:  # a variant has its own
+            self.apply(self._init_weights)
         self.tie_weights()
 
     def _init_weights(self, module: nn.Module, std: float = 0.02) -> None:
@@ -247,26 +250,24 @@ class GPT(nn.Module):
         """Parameters and FLOPs (arXiv 2204.02311): 6 for each active weight but the embedding, and 6 (d_qk + d_v)
         for each head, layer and position in reach at `seq_len`."""
         config = self.config
-        total = sum(p.numel() for p in self.parameters())
-        active = total
+        total = active = sum(p.numel() for p in self.parameters())
         if routed := sum(p.numel() for n, p in self.named_parameters() if ".experts." in n):
             active += routed * config.n_expert_per_token // config.n_expert - routed
         weights = active - (0 if config.tie_embeddings else self.transformer.wte.weight.numel())
-        d_qk, d_v = config.head_size, config.head_size
-        if config.latent_attention:
-            d_qk, d_v = config.qk_head_dim, config.v_head_dim
+        latent = config.latent_attention is not None
+        width = config.qk_head_dim + config.v_head_dim if latent else 2 * config.head_size
         reach = sum(min(seq_len, layer_window(config, i) or seq_len) for i in range(config.n_layer))
-        return ModelSize(total, active, 6 * weights + 6 * config.n_head * (d_qk + d_v) * reach)
+        return ModelSize(total, active, 6 * weights + 6 * config.n_head * width * reach)
 
     def tie_weights(self) -> None:
         """Makes head and embedding one parameter, if the config says so."""
-        if self.config.tie_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
+        for module in self.lm_head.modules() if self.config.tie_embeddings else ():  # the head may be wrapped
+            if isinstance(module, nn.Linear) and module.out_features == self.config.padded_vocab_size:
+                module.weight = self.transformer.wte.weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> "GPT":
         """Keeps tied weights tied when parameters are replaced, as on leaving the meta device."""
-        super()._apply(fn, recurse)
-        self.tie_weights()
+        super()._apply(fn, recurse).tie_weights()
         return self
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -295,9 +296,8 @@ class Block(nn.Module):
         if not config.parallel_residual and config.shared_attention_norm:
             raise NotImplementedError("No known model shares the attention norm without parallel residuals")
         self.config = config
-        attention_class = self.attention_class
-        if config.latent_attention and attention_class is CausalSelfAttention:
-            attention_class = MultiheadLatentAttention
+        latent = config.latent_attention and self.attention_class is CausalSelfAttention
+        attention_class = MultiheadLatentAttention if latent else self.attention_class
         dense = config.first_k_dense_replace is not None and block_idx < config.first_k_dense_replace
         mlp_class = self.mlp_class or (LLaMAMLP if dense else config.mlp_class)
         norm = partial(config.norm_class, config.n_embd, eps=config.norm_eps)
@@ -329,9 +329,8 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: Config, block_idx: int = 0) -> None:
         super().__init__()
+        self.config, self.block_idx = config, block_idx
         nh, G, hs = config.n_head, config.n_query_groups, config.head_size
-        self.config = config
-        self.block_idx = block_idx
         self.qkv = nn.Linear(config.n_embd, (nh + 2 * G) * hs, bias=config.bias or config.attn_bias)
         self.proj = nn.Linear(nh * hs, config.n_embd, bias=config.bias)
         self.norm_q = self.norm_k = None
@@ -356,8 +355,9 @@ class CausalSelfAttention(nn.Module):
         """Attention over `x` `(B, T, C)` and what the KV cache holds; see `GPT.forward` for the arguments.
         A `mask` tensor, `(T, S)` or `(B, 1, T, S)` with True = may attend, takes the place of causality and window."""
         if cos is None:
+            length = x.size(1) if input_pos is None or self.kv_cache is None else self.kv_cache.length
             positions = torch.arange(x.size(1), device=x.device) if input_pos is None else input_pos
-            cos, sin = rope_tables(self.config, positions, x.size(1))
+            cos, sin = rope_tables(self.config, positions, length)
         if self.config.rope_local_base_freq is not None:
             local = self.config.rope_indices[self.block_idx]
             cos, sin = cos[..., local], sin[..., local]
@@ -405,7 +405,7 @@ class CausalSelfAttention(nn.Module):
         if isinstance(mask, Tensor):
             return self.scaled_dot_product_attention(q, k_all, v_all, mask[..., : k_all.size(2)])
         order = TokenOrder(input_pos, k_pos, self.config.causal, self.window, TokenMask())
-        return attend_in_blocks(self.scaled_dot_product_attention, q, k_all, v_all, order)
+        return attend_in_blocks(self, q, k_all, v_all, order)
 
     def attend_afresh(self, q: Tensor, k: Tensor, v: Tensor, mask: TokenMask | Tensor | None) -> Tensor:
         """Attention among tokens that have no history: `(B, T, nh, hs)`."""
@@ -417,7 +417,7 @@ class CausalSelfAttention(nn.Module):
         if isinstance(mask, Tensor):
             return self.scaled_dot_product_attention(q, k, v, mask)
         order = TokenOrder(order, order, causal, window, mask or TokenMask(), same_tokens=True)
-        return attend_in_blocks(self.scaled_dot_product_attention, q, k, v, order)
+        return attend_in_blocks(self, q, k, v, order)
 
     def scaled_dot_product_attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool | None = None
@@ -470,8 +470,7 @@ class MultiheadLatentAttention(CausalSelfAttention):
 
     def __init__(self, config: Config, block_idx: int = 0) -> None:
         nn.Module.__init__(self)
-        self.config = config
-        self.block_idx = block_idx
+        self.config, self.block_idx = config, block_idx
         nh, C, rank = config.n_head, config.n_embd, config.kv_lora_rank
         if config.q_lora_rank:
             self.q_a_proj = nn.Linear(C, config.q_lora_rank, bias=config.attn_bias)
@@ -505,26 +504,27 @@ class MultiheadLatentAttention(CausalSelfAttention):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool | None = None
     ) -> Tensor:
         """The kernel over latents `k` `(B, 1, S, rank)` and rotary keys `v` `(B, 1, S, rope)`: `(B, T, nh, d_v)`.
-        A single query moves into the latent space; more are cheaper with keys and values built for each head."""
+        Queries that look back on a cache move into the latent space; fresh text gets keys and values for each head."""
         config, latent, k_rope = self.config, k, v
-        nh, nope, d_v = config.n_head, config.qk_nope_head_dim, config.v_head_dim
+        nh, nope, d_v, rope = config.n_head, config.qk_nope_head_dim, config.v_head_dim, config.qk_rope_head_dim
         is_causal = mask is None and q.size(2) > 1 if is_causal is None else is_causal
-        dropout = config.dropout if self.training else 0.0
-        if q.size(2) == 1 and type(self.kv_b_proj) is nn.Linear and self.kv_b_proj.bias is None:
+        how = dict(attn_mask=mask, dropout_p=config.dropout if self.training else 0.0, is_causal=is_causal)
+        plain = type(self.kv_b_proj) is nn.Linear and self.kv_b_proj.bias is None
+        if plain and (q.size(2) == 1 or q.size(2) < k.size(2)):
             w = self.kv_b_proj.weight.to(q.dtype).unflatten(0, (nh, nope + d_v))
-            q_nope, q_rope = q.transpose(1, 2).split((nope, config.qk_rope_head_dim), dim=-1)  # (B, 1, nh, ..)
-            q_latent = torch.einsum("bthd,hdr->bthr", q_nope, w[:, :nope])
-            q = torch.cat((q_latent, q_rope), dim=-1)  # (B, 1, nh, rank + rope)
-            keys = torch.cat((latent, k_rope), dim=-1)  # (B, 1, S, rank + rope)
-            y = F.scaled_dot_product_attention(q, keys, latent, attn_mask=mask, dropout_p=dropout, scale=self.scale)
-            return torch.einsum("bthr,hdr->bthd", y, w[:, nope:])
+            q_nope, q_rope = q.split((nope, rope), dim=-1)
+            q_latent = torch.einsum("bhtd,hdr->bhtr", q_nope, w[:, :nope])
+            q = torch.cat((q_latent, q_rope), dim=-1)  # (B, nh, T, rank + rope)
+            k = torch.cat((latent, k_rope), dim=-1).to(q.dtype)  # (B, 1, S, rank + rope), also the values
+            y = F.scaled_dot_product_attention(q, k, k, **how, scale=self.scale, enable_gqa=True)
+            return torch.einsum("bhtr,hdr->bthd", y[..., : config.kv_lora_rank], w[:, nope:])
         kv = self.kv_b_proj(latent[:, 0]).unflatten(-1, (nh, nope + d_v)).transpose(1, 2)  # (B, nh, S, ..)
         k_nope, v = kv.to(q.dtype).split((nope, d_v), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, nh, -1, -1)), dim=-1)  # (B, nh, S, nope + rope)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
-        )
-        return y.transpose(1, 2)
+        # fused kernels want one width; without them there would be T x S scores
+        q, k, v = (F.pad(z, (0, max(nope + rope, d_v) - z.size(-1))) for z in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, **how, scale=self.scale)
+        return y[..., :d_v].transpose(1, 2)
 
 
 GPT.block_class = Block
@@ -547,7 +547,9 @@ class TokenOrder:
         start, stop = 0, self.k_pos.size(-1)
         if self.same_tokens and self.window is not None:
             start, stop = max(0, rows.start - self.window + 1), min(stop, rows.stop + self.window - 1)
-        return slice(start, rows.stop if self.same_tokens and self.causal else stop)
+        if self.same_tokens and self.causal:  # in few lengths, or the allocator cannot use memory again
+            stop = min(stop, -(-rows.stop // 512) * 512)
+        return slice(start, stop)
 
     def visible(self, rows: slice, cols: slice) -> Tensor:
         """Boolean mask `(t, s)`, or `(B, 1, t, s)` where the rows of the batch differ."""
@@ -564,16 +566,19 @@ class TokenOrder:
         return seen
 
 
-def attend_in_blocks(kernel: Any, q: Tensor, k: Tensor, v: Tensor, order: TokenOrder) -> Tensor:
-    """Runs `kernel(q, k, v, mask)` over blocks of queries, so that masks stay small and far keys are not read."""
-    T, S = q.size(2), k.size(2)
-    banded = order.same_tokens and order.window is not None
-    size = max(128, order.window // 4) if banded else max(16, 2**22 // S)
+def attend_in_blocks(attn: CausalSelfAttention, q: Tensor, k: Tensor, v: Tensor, order: TokenOrder) -> Tensor:
+    """Runs `attn`'s kernel over blocks of queries, so that masks stay small and far keys are not read."""
+    T, S, softcap = q.size(2), k.size(2), attn.config.attention_logit_softcapping
+    n_scores = 1 if softcap is None else 2 * q.size(0) * q.size(1)  # numbers held for each query and key
+    size = max(8, 2**22 // (S * n_scores))
+    if order.same_tokens and order.window is not None:
+        size = min(max(128, order.window // 4), max(8, 2**22 // (order.window * n_scores)))
     blocks = []
     for start in range(0, T, size):
         rows = slice(start, min(start + size, T))
         cols = order.keys(rows)
-        blocks.append(kernel(q[:, :, rows], k[:, :, cols], v[:, :, cols], order.visible(rows, cols)))
+        parts = q[:, :, rows], k[:, :, cols], v[:, :, cols]
+        blocks.append(attn.scaled_dot_product_attention(*parts, order.visible(rows, cols)))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)  # (B, T, nh, hs)
 
 
@@ -594,9 +599,8 @@ def explicit_attention(
 class KVCache(nn.Module):
     """Keys and values of the tokens so far, written in place; with a sliding window a ring of the last ones.
 
-    A full cache keeps position p in slot p. A ring of W slots keeps it in slot p mod W, so that where a slot's token
-    stands follows from the row's last position alone and needs no bookkeeping.
-    """
+    A full cache keeps position p in slot p, a ring of W slots in slot p mod W: where the token of a slot stands follows
+    from the row's last position alone. A ring cannot go back: what it has overwritten is gone."""
 
     def __init__(
         self, k_shape: tuple[int, int, int, int], v_shape: tuple[int, int, int, int],
@@ -604,7 +608,7 @@ class KVCache(nn.Module):
         sliding_window_size: int | None = None
     ) -> None:  # fmt: skip
         super().__init__()
-        self.is_ring = is_sliding_window
+        self.is_ring, self.length = is_sliding_window, k_shape[2]
         for name, (B, heads, S, width) in dict(k=k_shape, v=v_shape).items():
             slots = min(S, sliding_window_size) if is_sliding_window else S
             empty = torch.zeros(B, heads, slots, width, device=device, dtype=dtype)
@@ -700,10 +704,8 @@ class MLP(nn.Module):
 
 @register_mlp
 class LLaMAMoE(nn.Module):
-    """Mixture of experts: each token passes through `n_expert_per_token` of `n_expert` MLPs (arXiv 2401.04088).
-
-    With `n_expert_groups` the router is DeepSeek-V3's grouped sigmoid router; shared experts see every token.
-    """
+    """Mixture of experts: each token passes through `n_expert_per_token` of `n_expert` MLPs (arXiv 2401.04088), and
+    through the shared ones; with `n_expert_groups` DeepSeek-V3's grouped sigmoid router picks them."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -756,8 +758,7 @@ class GroupedTopkRouter(nn.Module):
     @torch.no_grad()
     def get_topk_indices(self, scores: Tensor) -> Tensor:
         """Indices `(N, k)` of the chosen experts from the scores `(N, E)`."""
-        config = self.config
-        N, groups = scores.size(0), config.n_expert_groups
+        config, N, groups = self.config, scores.size(0), self.config.n_expert_groups
         scores = scores + self.e_score_correction_bias
         grouped = scores.view(N, groups, -1)  # (N, groups, E / groups)
         group_scores = grouped.topk(config.n_topk_scores_per_group or 2, dim=-1)[0].sum(dim=-1)  # (N, groups)
@@ -783,9 +784,7 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, dim: int = -1, eps: float = 1e-6, add_unit_offset: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(size) if add_unit_offset else torch.ones(size))
-        self.eps = eps
-        self.dim = dim
-        self.add_unit_offset = add_unit_offset
+        self.eps, self.dim, self.add_unit_offset = eps, dim, add_unit_offset
 
     def forward(self, x: Tensor) -> Tensor:
         """The same shape and dtype."""
@@ -859,19 +858,20 @@ def rope_frequencies(
     `short_factor, long_factor` is LongRoPE (arXiv 2402.13753), where `length` decides between the two.
     """
     freqs = 1.0 / base ** (torch.arange(0, n_elem - n_elem % 2, 2, device=device).float() / n_elem)  # (n / 2,)
-    if not extra_config:
+    kind = rope_kind(extra_config)
+    if kind is None:
         return freqs, 1.0
     factor, original = extra_config.get("factor"), extra_config.get("original_max_seq_len")
     scale = extra_config.get("attention_factor")
-    if "long_factor" in extra_config:
+    if kind == "longrope":
         divisors = extra_config["long_factor" if length > original else "short_factor"]
         if scale is None:
-            scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+            scale = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
         return freqs / torch.tensor(divisors, device=device, dtype=torch.float32), scale
-    if "beta_fast" in extra_config:
+    if kind == "yarn":
         slow, yarn_scale = yarn_ramp(n_elem, base, extra_config, freqs)
         return freqs * (1 - slow) + freqs / factor * slow, yarn_scale if scale is None else scale
-    if "low_freq_factor" in extra_config:
+    if kind == "llama3":
         low, high = extra_config["low_freq_factor"], extra_config["high_freq_factor"]
         turns = original * freqs / (2 * math.pi)  # how often a pair turns in the original context
         keep = ((turns - low) / (high - low)).clamp(0, 1)
