@@ -939,8 +939,11 @@ class ChunkedHeadLoss(torch.autograd.Function):
                 if need_x:
                     grad_x[i : i + chunk] = logits @ w
                 if need_w:
-                    part = logits.t() @ xc
-                    grad_w = part.to(weight.dtype) if grad_w is None else grad_w.add_(part)
+                    grad_w = torch.empty_like(weight) if grad_w is None else grad_w
+                    for g, part in zip(
+                        grad_w.split(2**13), logits.split(2**13, dim=1)
+                    ):  # a whole weight is slow to copy
+                        (g.add_ if i else g.copy_)(part.t() @ xc)
                     if bias is not None:
                         grad_b = logits.sum(dim=0, dtype=torch.float32) + (0 if grad_b is None else grad_b)
         ctx.grads = [grad_x, grad_w, None if grad_b is None else grad_b.to(bias.dtype)]
