@@ -144,7 +144,7 @@ class GPT(nn.Module):
         x, targets = self.transformer.ln_f(x).flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
         chunk = max(1, LOSS_CHUNK_BYTES // (4 * self.config.padded_vocab_size))
         head, softcap = self.lm_head, self.config.final_logit_softcapping
-        if type(head) is nn.Linear and not torch.compiler.is_compiling():
+        if type(head) is nn.Linear:
             return ChunkedHeadLoss.apply(x, head.weight, head.bias, targets, softcap, chunk), n
 
         def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
@@ -513,8 +513,7 @@ class MultiheadLatentAttention(CausalSelfAttention):
         if plain and (q.size(2) == 1 or q.size(2) < k.size(2)):
             w = self.kv_b_proj.weight.to(q.dtype).unflatten(0, (nh, nope + d_v))
             q_nope, q_rope = q.split((nope, rope), dim=-1)
-            q_latent = torch.einsum("bhtd,hdr->bhtr", q_nope, w[:, :nope])
-            q = torch.cat((q_latent, q_rope), dim=-1)  # (B, nh, T, rank + rope)
+            q = torch.cat((torch.einsum("bhtd,hdr->bhtr", q_nope, w[:, :nope]), q_rope), dim=-1)  # (.., rank + rope)
             k = torch.cat((latent, k_rope), dim=-1).to(q.dtype)  # (B, 1, S, rank + rope), also the values
             y = F.scaled_dot_product_attention(q, k, k, **how, scale=self.scale, enable_gqa=True)
             return torch.einsum("bhtr,hdr->bthd", y[..., : config.kv_lora_rank], w[:, nope:])
@@ -682,7 +681,6 @@ class GemmaMLP(LLaMAMLP):
     """The gated MLP with a GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(compute_dtype(x))
         return self.proj(F.gelu(self.fc_1(x), approximate=self.config.gelu_approximate) * self.fc_2(x))
 
 
@@ -922,7 +920,8 @@ class ChunkedHeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if need_x else None
         grad_w = grad_b = None
-        rows = max(1, 2**20 // len(w)) if x.device.type == "cpu" else chunk  # what a CPU's cache holds
+        eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        rows = max(1, 2**20 // len(w)) if eager_cpu else chunk  # what a CPU's cache holds; a compiler fuses
         with torch.autocast(x.device.type, enabled=False):
             for i in range(0, len(x), chunk):
                 xc, tc = x[i : i + chunk].to(dtype), targets[i : i + chunk].unsqueeze(1)
@@ -960,14 +959,12 @@ class ChunkedHeadLoss(torch.autograd.Function):
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum of the cross-entropies of `logits` `(.., V)` in float32, where `targets` `(..)` are not -100."""
-    logits = logits.float().flatten(0, -2)
-    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a linear layer computes in: that of `x`, or the one that autocast puts in its place."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def layer_window(config: Config, block_idx: int) -> int | None:
