@@ -584,14 +584,14 @@ def attend_in_blocks(attn: CausalSelfAttention, q: Tensor, k: Tensor, v: Tensor,
 def explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, dropout: float
 ) -> Tensor:
-    """Attention as two matrix products and a softmax in float32, with soft-capping: `(B, nh, T, hs)`."""
+    """Attention as two matrix products and a softmax, with soft-capping: `(B, nh, T, hs)`."""
     B, nh, T, _ = q.shape
     G, S = k.size(1), k.size(2)
     scores = (q.reshape(B, G, nh // G * T, -1) * scale) @ k.transpose(-2, -1)  # (B, G, nh / G * T, S)
     scores = do_softcapping(scores.view(B, nh, T, S), softcap)
     if mask is not None:
         scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-    weights = F.dropout(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), dropout)
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout)
     return (weights.view(B, G, nh // G * T, S) @ v).view(B, nh, T, -1)
 
 
