@@ -70,7 +70,7 @@ def setup(
             lr_warmup_steps=steps // 20,
             min_lr=0.0,
         ),
-        eval=EvalArgs(interval=max(10, steps // 5), max_iters=4),
+        eval=EvalArgs(interval=max(10, steps // 5), max_iters=16),
         optimizer={"class_path": "Muon", "init_args": {"lr": 4e-3, "weight_decay": 0.1}},
         devices=1,
         tokenizer_dir=tokenizer_dir,
