@@ -192,7 +192,6 @@ class GPT(nn.Module):
             if segment_ids is not None:
                 raise ValueError("segment_ids are for whole texts: packed documents cannot use the KV cache")
             length = self._kv_cache_length
-            # a prefill must know where the cache ends; this waits for the device, once a prefill
             if input_pos_maxp1 is None and not torch.compiler.is_compiling() and (T > 1 or idx.device.type == "cpu"):
                 input_pos_maxp1 = int(input_pos.max()) + 1
             if input_pos_maxp1 is not None and input_pos_maxp1 > length:
@@ -424,8 +423,7 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor:
         """The kernel: `q` `(B, nh, T, hs)`, `k`, `v` `(B, G, S, hs)`, boolean `mask` `(.., T, S)`: `(B, T, nh, hs)`.
         Without a mask attention is causal unless told otherwise. K and V are never expanded to nh heads."""
-        B, nh, T, _ = q.shape
-        G, softcap = k.size(1), self.config.attention_logit_softcapping
+        nh, G, T, softcap = q.size(1), k.size(1), q.size(2), self.config.attention_logit_softcapping
         is_causal = mask is None and T > 1 if is_causal is None else is_causal
         dropout = self.config.dropout if self.training else 0.0
         # with gradients to make, the CPU's fused kernel takes twice as long in low precision at T = 256
@@ -434,11 +432,8 @@ class CausalSelfAttention(nn.Module):
             if is_causal:
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=q.device).tril()
             return explicit_attention(q, k, v, mask, self.scale, softcap, dropout).transpose(1, 2)
-        if nh != G and T == 1 and (mask is None or mask.dim() < 3 or mask.size(1) == 1):
-            # the heads of a group are queries of one key head: no kernel need know of groups
-            q = q.view(B, G, nh // G, -1)  # (B, G, nh / G, hs)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scale)
-            return y.reshape(B, 1, nh, -1)
+        if nh != G and not is_causal and (mask is None or mask.dim() < 3 or mask.size(1) == 1):
+            return grouped_attention(q, k, v, mask, dropout, self.scale).transpose(1, 2)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale, enable_gqa=nh != G
         )
@@ -508,21 +503,20 @@ class MultiheadLatentAttention(CausalSelfAttention):
         config, latent, k_rope = self.config, k, v
         nh, nope, d_v, rope = config.n_head, config.qk_nope_head_dim, config.v_head_dim, config.qk_rope_head_dim
         is_causal = mask is None and q.size(2) > 1 if is_causal is None else is_causal
-        how = dict(attn_mask=mask, dropout_p=config.dropout if self.training else 0.0, is_causal=is_causal)
+        dropout = config.dropout if self.training else 0.0
         plain = type(self.kv_b_proj) is nn.Linear and self.kv_b_proj.bias is None
-        if plain and (q.size(2) == 1 or q.size(2) < k.size(2)):
+        if plain and not is_causal and (q.size(2) == 1 or q.size(2) < k.size(2)):
             w = self.kv_b_proj.weight.to(q.dtype).unflatten(0, (nh, nope + d_v))
             q_nope, q_rope = q.split((nope, rope), dim=-1)
             q = torch.cat((torch.einsum("bhtd,hdr->bhtr", q_nope, w[:, :nope]), q_rope), dim=-1)  # (.., rank + rope)
             k = torch.cat((latent, k_rope), dim=-1).to(q.dtype)  # (B, 1, S, rank + rope), also the values
-            y = F.scaled_dot_product_attention(q, k, k, **how, scale=self.scale, enable_gqa=True)
+            y = grouped_attention(q, k, k, mask, dropout, self.scale)
             return torch.einsum("bhtr,hdr->bthd", y[..., : config.kv_lora_rank], w[:, nope:])
         kv = self.kv_b_proj(latent[:, 0]).unflatten(-1, (nh, nope + d_v)).transpose(1, 2)  # (B, nh, S, ..)
         k_nope, v = kv.to(q.dtype).split((nope, d_v), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, nh, -1, -1)), dim=-1)  # (B, nh, S, nope + rope)
-        # fused kernels want one width; without them there would be T x S scores
-        q, k, v = (F.pad(z, (0, max(nope + rope, d_v) - z.size(-1))) for z in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, **how, scale=self.scale)
+        q, k, v = (F.pad(z, (0, max(nope + rope, d_v) - z.size(-1))) for z in (q, k, v))  # else no fused kernel
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=self.scale)
         return y[..., :d_v].transpose(1, 2)
 
 
@@ -568,7 +562,7 @@ class TokenOrder:
 def attend_in_blocks(attn: CausalSelfAttention, q: Tensor, k: Tensor, v: Tensor, order: TokenOrder) -> Tensor:
     """Runs `attn`'s kernel over blocks of queries, so that masks stay small and far keys are not read."""
     T, S, softcap = q.size(2), k.size(2), attn.config.attention_logit_softcapping
-    n_scores = 1 if softcap is None else 2 * q.size(0) * q.size(1)  # numbers held for each query and key
+    n_scores = q.size(1) // k.size(1) if softcap is None else 2 * q.size(0) * q.size(1)
     size = max(8, 2**22 // (S * n_scores))
     if order.same_tokens and order.window is not None:
         size = min(max(128, order.window // 4), max(8, 2**22 // (order.window * n_scores)))
@@ -581,12 +575,20 @@ def attend_in_blocks(attn: CausalSelfAttention, q: Tensor, k: Tensor, v: Tensor,
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)  # (B, T, nh, hs)
 
 
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float) -> Tensor:
+    """Attention, not causal, with the heads of a group as more queries of its key head, which is not expanded so."""
+    B, nh, T, _ = q.shape
+    if mask is not None:
+        mask = mask.repeat(*[1] * (mask.dim() - 2), nh // k.size(1), 1)
+    y = F.scaled_dot_product_attention(q.reshape(B, k.size(1), -1, q.size(-1)), k, v, mask, dropout, scale=scale)
+    return y.reshape(B, nh, T, -1)
+
+
 def explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, dropout: float
 ) -> Tensor:
     """Attention as two matrix products and a softmax, with soft-capping: `(B, nh, T, hs)`."""
-    B, nh, T, _ = q.shape
-    G, S = k.size(1), k.size(2)
+    (B, nh, T, _), (G, S) = q.shape, k.shape[1:3]
     scores = (q.reshape(B, G, nh // G * T, -1) * scale) @ k.transpose(-2, -1)  # (B, G, nh / G * T, S)
     scores = do_softcapping(scores.view(B, nh, T, S), softcap)
     if mask is not None:
@@ -623,9 +625,7 @@ class KVCache(nn.Module):
             slots = input_pos % self.k.size(2) if self.is_ring else input_pos
             return batched_index_copy_(k_slots, 2, slots, k), batched_index_copy_(v_slots, 2, slots, v)
         # each slot takes the newest token of the chunk that belongs there, or keeps what it holds
-        last = input_pos[..., -1:]
-        if real is not None:
-            last = input_pos[..., :1] + real.sum(dim=-1, keepdim=True) - 1
+        last = input_pos[..., -1:] if real is None else input_pos[..., :1] + real.sum(dim=-1, keepdim=True) - 1
         source = self.positions(last) - input_pos[..., :1]  # (W,) or (B, W): place in the chunk
         source = source.expand(len(k), -1)[:, None, :, None]  # (B, 1, W, 1)
         for slots, new in ((k_slots, k), (v_slots, v)):
