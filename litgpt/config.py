@@ -74,7 +74,7 @@ class Config:
     """Number of key/value heads: `n_head` = multi-head (default), 1 = multi-query, between = grouped-query."""
     attn_bias: bool = False
     """Bias in the query, key and value projection even where `bias` is false."""
-    attention_scores_scalar: int | None = None
+    attention_scores_scalar: float | None = None
     """Scores are divided by the square root of this; default: the head size."""
     sliding_window_size: int | None = None
     """A token attends to at most this many tokens, itself included; default: to all before it."""
@@ -146,6 +146,16 @@ class Config:
     """RMSNorm weights are stored minus one; default: as in 0.5, whether the name says Gemma."""
     norm_affine: bool | None = None
     """Norms have a weight; default: as in 0.5, true but for a LayerNorm where the name says OLMo."""
+    embedding_multiplier: float | None = None
+    """Embeddings are multiplied by this."""
+    residual_multiplier: float | None = None
+    """Outputs of attention and MLP are multiplied by this before they are added to the residual stream."""
+    logits_scaling: float | None = None
+    """Logits are divided by this; a bias of the head is not."""
+    nope_indices: list[int] | None = None
+    """One number a layer: 1 = no rotary embedding in this layer; default: all layers have it."""
+    router_scoring: Literal["sigmoid", "softmax"] = "sigmoid"
+    """How the grouped router turns logits into the weights of the experts."""
 
     def __post_init__(self) -> None:
         self.name = self.name or self.hf_config.get("name", "")
@@ -169,6 +179,9 @@ class Config:
         for key in (*sizes.split(), "sliding_window_size", "intermediate_size", "moe_intermediate_size"):
             if (value := getattr(self, key)) is not None and value < 1:
                 raise ValueError(f"{key} is {value}; it must be at least 1")
+        for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_scores_scalar"):
+            if (value := getattr(self, key)) is not None and not value > 0:
+                raise ValueError(f"{key} is {value}; it must be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.padded_vocab_size is None:
@@ -208,6 +221,8 @@ class Config:
         self.rope_n_elem = self.qk_rope_head_dim if is_latent else int(self.rotary_percentage * self.head_size)
         if self.rope_local_base_freq is not None:
             self.rope_indices = self._layer_flags("rope_indices")
+        if self.nope_indices is not None:
+            self.nope_indices = check_indicator_and_length(self.nope_indices, "nope_indices", self.n_layer)
         if rope_kind(self.rope_adjustments) == "longrope":
             for key in ("short_factor", "long_factor"):
                 n, pairs = len(self.rope_adjustments[key]), self.rope_n_elem // 2
@@ -754,28 +769,21 @@ _13B = dict(n_layer=40, n_head=40, n_embd=5120, intermediate_size=13824)
 _70B = dict(n_layer=80, n_head=64, n_embd=8192, n_query_groups=8, intermediate_size=28672)
 open_LLaMA = _rows(_LLAMA_32K | dict(block_size=2048, norm_eps=1e-6), "openlm-research",
     dict(name="open_llama_3b", n_layer=26, n_head=32, n_embd=3200, intermediate_size=8640),
-    dict(name="open_llama_7b", **_7B),
-    dict(name="open_llama_13b", **_13B))
+    dict(name="open_llama_7b", **_7B), dict(name="open_llama_13b", **_13B))
 llama_2 = _rows(_LLAMA_32K, "meta-llama",
-    dict(name="Llama-2-7b{}-hf", **_7B),
-    dict(name="Llama-2-13b{}-hf", **_13B),
-    dict(name="Llama-2-70b{}-hf", **_70B), kinds=("", "-chat"))
-together_llama2_32k = _rows(_LLAMA_32K, "togethercomputer",
-    dict(name="LLaMA-2-7B-32K", rope_condense_ratio=8, **_7B))
+    dict(name="Llama-2-7b{}-hf", **_7B), dict(name="Llama-2-13b{}-hf", **_13B), dict(name="Llama-2-70b{}-hf", **_70B),
+    kinds=("", "-chat"))
+together_llama2_32k = _rows(_LLAMA_32K, "togethercomputer", dict(name="LLaMA-2-7B-32K", rope_condense_ratio=8, **_7B))
 llama_2_function_calling = _rows(_LLAMA_32K, "Trelis",
     dict(name="Llama-2-7b-chat-hf-function-calling-v2", norm_eps=1e-6, **_7B))
 _V16 = dict(vocab_size=32016, padding_multiple=16)  # with the four infilling tokens
 _V0 = dict(vocab_size=32000, padded_vocab_size=32000)
 _34B = dict(n_layer=48, n_head=64, n_embd=8192, n_query_groups=8, intermediate_size=22016)
 code_llama = _rows(_LLAMA | dict(block_size=16384, rope_base=1000000), "codellama",
-    dict(name="CodeLlama-7b-hf", **_7B, **_V16),
-    dict(name="CodeLlama-13b-hf", **_13B, **_V16),
-    dict(name="CodeLlama-34b-hf", **_34B, **_V0),
-    dict(name="CodeLlama-70b-hf", **_70B, **_V16),
-    dict(name="CodeLlama-7b-Python-hf", **_7B, **_V0),
-    dict(name="CodeLlama-13b-Python-hf", **_13B, **_V0),
-    dict(name="CodeLlama-34b-Python-hf", **_34B, **_V0),
-    dict(name="CodeLlama-70b-Python-hf", **_70B, **_V16),
+    dict(name="CodeLlama-7b-hf", **_7B, **_V16), dict(name="CodeLlama-13b-hf", **_13B, **_V16),
+    dict(name="CodeLlama-34b-hf", **_34B, **_V0), dict(name="CodeLlama-70b-hf", **_70B, **_V16),
+    dict(name="CodeLlama-7b-Python-hf", **_7B, **_V0), dict(name="CodeLlama-13b-Python-hf", **_13B, **_V0),
+    dict(name="CodeLlama-34b-Python-hf", **_34B, **_V0), dict(name="CodeLlama-70b-Python-hf", **_70B, **_V16),
     dict(name="CodeLlama-7b-Instruct-hf", **_7B, **_V16),
     dict(name="CodeLlama-13b-Instruct-hf", **_13B, **_V16, block_size=2048),
     dict(name="CodeLlama-34b-Instruct-hf", **_34B, **_V0),
@@ -783,13 +791,10 @@ code_llama = _rows(_LLAMA | dict(block_size=16384, rope_base=1000000), "codellam
 _30B = dict(n_layer=60, n_head=52, n_embd=6656, intermediate_size=17920)
 platypus = _rows(_LLAMA | _V0, "garage-bAInd",
     dict(name="Platypus-30B", **_30B, block_size=2048, norm_eps=1e-6),
-    dict(name="Platypus2-7B", **_7B),
-    dict(name="Platypus2-13B", **_13B),
+    dict(name="Platypus2-7B", **_7B), dict(name="Platypus2-13B", **_13B),
     dict(name="Platypus2-70B", **_70B | dict(n_query_groups=None)),
-    dict(name="Camel-Platypus2-13B", **_13B),
-    dict(name="Camel-Platypus2-70B", **_70B),
-    dict(name="Stable-Platypus2-13B", **_13B),
-    dict(name="Platypus2-70B-instruct", **_70B))
+    dict(name="Camel-Platypus2-13B", **_13B), dict(name="Camel-Platypus2-70B", **_70B),
+    dict(name="Stable-Platypus2-13B", **_13B), dict(name="Platypus2-70B-instruct", **_70B))
 _TINY = _LLAMA_32K | dict(block_size=2048, n_query_groups=4, intermediate_size=5632)
 tiny_llama = _rows(_TINY | dict(n_layer=22, n_head=32, n_embd=2048), "TinyLlama",
     dict(name="tiny-llama-1.1b", hf="TinyLlama-1.1B-intermediate-step-1431k-3T"),
@@ -826,8 +831,7 @@ r1_distill_llama = _rows(_LLAMA_31, "deepseek-ai",
 _OLMO = _family(OLMoConfig, vocab_size=50280, padded_vocab_size=50304)
 olmo = _rows(_OLMO, "allenai",
     dict(name="OLMo-1B-hf", n_layer=16, n_head=16, n_embd=2048, intermediate_size=8192, tie_embeddings=True),
-    dict(name="OLMo-7B-hf", **_7B),
-    dict(name="OLMo-7B-Instruct-hf", **_7B))
+    dict(name="OLMo-7B-hf", **_7B), dict(name="OLMo-7B-Instruct-hf", **_7B))
 olmo2 = _rows(_family(OLMo2Config, vocab_size=100278), "allenai",
     dict(name="OLMo-2-1124-7B{}", **_7B),
     dict(name="OLMo-2-1124-13B{}", **_13B), kinds=("", "-SFT", "-DPO", "-Instruct"))
@@ -913,8 +917,7 @@ mistral = [
         dict(name="Mistral-7B-Instruct-v0.2", **_8B, **_V0),
         dict(name="Mistral-7B-v0.3", vocab_size=32768, **_8B),
         dict(name="Mistral-7B-Instruct-v0.3", vocab_size=32768, **_8B),
-        dict(name="Mistral-Large-Instruct-2407", **_123B),
-        dict(name="Mistral-Large-Instruct-2411", **_123B)),
+        dict(name="Mistral-Large-Instruct-2407", **_123B), dict(name="Mistral-Large-Instruct-2411", **_123B)),
 ]
 
 # --- Alibaba ---
@@ -952,8 +955,7 @@ qwen_3 = _rows(_QWEN_3, "Qwen",
     dict(name="Qwen3-4B{}", **_Q3_4B),
     dict(name="Qwen3-8B{}", n_layer=36, n_head=32, n_embd=4096, intermediate_size=12288),
     dict(name="Qwen3-14B{}", n_layer=40, n_head=40, n_embd=5120, intermediate_size=17408), kinds=("", "-Base"))
-qwen_3_32b = _rows(_QWEN_3, "Qwen",
-    dict(name="Qwen3-32B", n_layer=64, n_head=64, n_embd=5120, intermediate_size=25600))
+qwen_3_32b = _rows(_QWEN_3, "Qwen", dict(name="Qwen3-32B", n_layer=64, n_head=64, n_embd=5120, intermediate_size=25600))
 qwen_3_moe = _rows(_QWEN_3_MOE, "Qwen",
     dict(name="Qwen3-30B-A3B", **_Q3_30B),
     dict(name="Qwen3-30B-A3B-Base", **_Q3_30B),

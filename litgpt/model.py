@@ -81,9 +81,8 @@ class GPT(nn.Module):
     def embed(self, idx: Tensor, ctx: Context) -> Tensor:
         """Token ids `(B, T)` to the residual stream `(B, T, C)`."""
         x = self.transformer.wte(idx)  # (B, T, C)
-        if self.config.scale_embeddings:
-            # the published Gemma rounds the factor to the dtype of the activations
-            x = x * torch.full((), self.config.n_embd**0.5, dtype=x.dtype, device=x.device)
+        if scale := self.config.n_embd**0.5 if self.config.scale_embeddings else self.config.embedding_multiplier:
+            x = x * torch.full((), scale, dtype=x.dtype, device=x.device)  # rounded to this dtype, as published
         return F.dropout(x, self.config.dropout, self.training)
 
     def decode(self, x: Tensor, ctx: Context) -> Tensor:
@@ -94,7 +93,12 @@ class GPT(nn.Module):
 
     def unembed(self, x: Tensor, ctx: Context) -> Tensor:
         """Residual stream `(B, T, C)` to logits `(B, T, V)`: last norm, head, soft-capping (arXiv 2408.00118)."""
-        return do_softcapping(self.lm_head(self.transformer.ln_f(x)), self.config.final_logit_softcapping)
+        return do_softcapping(self.lm_head(self.final_norm(x)), self.config.final_logit_softcapping)
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """What the head reads, `(B, T, C)`; `logits_scaling` is applied here, where the numbers are fewest."""
+        x, scaling = self.transformer.ln_f(x), self.config.logits_scaling
+        return x if scaling is None else x / scaling
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in float32; `targets` are already shifted; -100 is ignored; no target at all gives 0."""
@@ -109,12 +113,10 @@ class GPT(nn.Module):
 
         Args:
             idx: `(B, T)` token ids.
-            input_pos: `(T,)`, or `(B, T)` with rows at different places: positions of `idx` in the KV cache, which is
-                then used. The positions of a row are consecutive.
-            input_pos_maxp1: How many cache slots are in use after this call, which lets attention leave out the rest;
-                equal to T, it says that the cache was empty.
+            input_pos: `(T,)`, or `(B, T)` where rows differ: consecutive positions of `idx` in the KV cache to use.
+            input_pos_maxp1: Cache slots in use after this call; the rest is left out. T says that it was empty before.
             lm_head_chunk_size: When positive, logits come as a list of chunks of this many tokens.
-            targets: `(B, T)` ids to predict, already shifted; -100 is ignored. The logits are then never built in full.
+            targets: `(B, T)` ids to predict, already shifted; -100 is ignored. Logits are then not built in full.
             mask: `(B, T)` boolean, True = real token. With a KV cache padding stands on the right.
             positions: `(T,)` or `(B, T)`, may be float: where RoPE puts the tokens, instead of their order.
             segment_ids: `(B, T)` document numbers of packed sequences, without a KV cache only.
@@ -141,7 +143,7 @@ class GPT(nn.Module):
         n = (targets != IGNORE_INDEX).sum()
         if type(self).unembed is not GPT.unembed or type(self).loss is not GPT.loss:
             return self.loss(self.unembed(x, ctx), targets).float() * n, n
-        x, targets = self.transformer.ln_f(x).flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
+        x, targets = self.final_norm(x).flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
         chunk = max(1, LOSS_CHUNK_BYTES // (4 * self.config.padded_vocab_size))
         head, softcap = self.lm_head, self.config.final_logit_softcapping
         if type(head) is nn.Linear:
@@ -207,9 +209,8 @@ class GPT(nn.Module):
         device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> None:  # fmt: skip
         """Gives each attention an empty cache of `max_seq_length` tokens (default: the model's `max_seq_length`)."""
-        max_seq_length = max_seq_length or self.max_seq_length
+        self._kv_cache_length = max_seq_length = max_seq_length or self.max_seq_length
         self.max_seq_length = max(max_seq_length, self.max_seq_length)
-        self._kv_cache_length = max_seq_length
         weight = self.transformer.wte.weight
         where = dict(device=device or weight.device, dtype=dtype or weight.dtype)
         for block in self.transformer.h:
@@ -222,13 +223,10 @@ class GPT(nn.Module):
             block.attn.kv_cache = None
 
     def init_weights(self) -> None:
-        """Draws new weights as GPT-NeoX does (arXiv 2204.06745); works on weights that `to_empty` left undefined.
-
-        Linear layers and embeddings are N(0, 2 / (5 C)), projections back into the residual stream N(0, 1 / (C L^2)),
-        biases 0. A module of your own draws its weights in its `reset_parameters`.
-        """
-        std = math.sqrt(2.0 / 5 / self.config.n_embd)
-        std_proj = 1 / math.sqrt(self.config.n_embd) / self.config.n_layer
+        """Draws new weights, also after `to_empty`, as GPT-NeoX does (arXiv 2204.06745): linear layers and embeddings
+        N(0, 2 / (5 C)), projections back into the residual stream N(0, 1 / (C L^2)), biases 0; others have theirs drawn
+        by the module's `reset_parameters`."""
+        std, std_proj = math.sqrt(2 / 5 / self.config.n_embd), 1 / math.sqrt(self.config.n_embd) / self.config.n_layer
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 GPT._init_weights(self, module, std_proj if name.endswith(".proj") else std)
@@ -253,8 +251,7 @@ class GPT(nn.Module):
         if routed := sum(p.numel() for n, p in self.named_parameters() if ".experts." in n):
             active += routed * config.n_expert_per_token // config.n_expert - routed
         weights = active - (0 if config.tie_embeddings else self.transformer.wte.weight.numel())
-        latent = config.latent_attention is not None
-        width = config.qk_head_dim + config.v_head_dim if latent else 2 * config.head_size
+        width = config.qk_head_dim + config.v_head_dim if config.latent_attention else 2 * config.head_size
         reach = sum(min(seq_len, layer_window(config, i) or seq_len) for i in range(config.n_layer))
         return ModelSize(total, active, 6 * weights + 6 * config.n_head * width * reach)
 
@@ -307,6 +304,7 @@ class Block(nn.Module):
         self.mlp = mlp_class(config)
         self.post_mlp_norm = norm() if config.post_mlp_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
+        self.residual_multiplier = 1.0 if config.residual_multiplier is None else config.residual_multiplier
 
     def forward(
         self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, mask: TokenMask | Tensor | None = None,
@@ -318,9 +316,11 @@ class Block(nn.Module):
         attn = self.dropout(self.post_attention_norm(attn))
         if self.config.parallel_residual:
             normed = normed if self.norm_2 is None else self.norm_2(x)
-            return attn + self.dropout(self.post_mlp_norm(self.mlp(normed))) + x
-        x = x + attn
-        return x + self.dropout(self.post_mlp_norm(self.mlp(self.norm_2(x))))
+            branches = attn + self.dropout(self.post_mlp_norm(self.mlp(normed)))
+            return torch.add(x, branches, alpha=self.residual_multiplier)
+        x = torch.add(x, attn, alpha=self.residual_multiplier)
+        branch = self.dropout(self.post_mlp_norm(self.mlp(self.norm_2(x))))
+        return torch.add(x, branch, alpha=self.residual_multiplier)
 
 
 class CausalSelfAttention(nn.Module):
@@ -374,7 +374,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = q.unflatten(-1, (nh, hs)), k.unflatten(-1, (G, hs)), v.unflatten(-1, (G, hs))  # (B, T, heads, hs)
         if self.norm_q is not None and self.config.norm_qk_type != "olmo2":
             q, k = self.norm_q(q), self.norm_k(k)
-        q, k = (rotate(z, cos, sin, self.config.rope_interleave) for z in (q, k))
+        if not (self.config.nope_indices and self.config.nope_indices[self.block_idx]):
+            q, k = (rotate(z, cos, sin, self.config.rope_interleave) for z in (q, k))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def attend(
@@ -566,13 +567,16 @@ def attend_in_blocks(attn: CausalSelfAttention, q: Tensor, k: Tensor, v: Tensor,
     size = max(8, 2**22 // (S * n_scores))
     if order.same_tokens and order.window is not None:
         size = min(max(128, order.window // 4), max(8, 2**22 // (order.window * n_scores)))
-    blocks = []
+    blocks, y = [], None
     for start in range(0, T, size):
         rows = slice(start, min(start + size, T))
         cols = order.keys(rows)
         parts = q[:, :, rows], k[:, :, cols], v[:, :, cols]
-        blocks.append(attn.scaled_dot_product_attention(*parts, order.visible(rows, cols)))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)  # (B, T, nh, hs)
+        blocks.append(attn.scaled_dot_product_attention(*parts, order.visible(rows, cols)))  # (B, t, nh, hs)
+        if not torch.is_grad_enabled():  # many small live blocks keep the allocator from using memory again
+            y = blocks[0].new_empty(len(q), T, *blocks[0].shape[2:]) if y is None else y
+            y[:, rows] = blocks.pop()
+    return torch.cat(blocks, dim=1) if y is None else y  # (B, T, nh, hs)
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float) -> Tensor:
@@ -707,9 +711,8 @@ class LLaMAMoE(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        width = config.moe_intermediate_size or config.intermediate_size
-        router = partial(nn.Linear, config.n_embd, config.n_expert, bias=False)
-        self.gate = GroupedTopkRouter(config) if config.n_expert_groups else router()
+        width, C, E = config.moe_intermediate_size or config.intermediate_size, config.n_embd, config.n_expert
+        self.gate = GroupedTopkRouter(config) if config.n_expert_groups else nn.Linear(C, E, bias=False)
         self.experts = nn.ModuleList(LLaMAMLP(config, width) for _ in range(config.n_expert))
         if config.n_shared_expert:
             self.shared_experts = LLaMAMLP(config, width * config.n_shared_expert)
@@ -740,24 +743,26 @@ class LLaMAMoE(nn.Module):
 
 
 class GroupedTopkRouter(nn.Module):
-    """Sigmoid router that first picks groups of experts, with a bias used for the choice alone (arXiv 2412.19437)."""
+    """Router that picks groups first: that of DeepSeek-V3, with a bias for the choice (arXiv 2412.19437), or of V2."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_expert))
+        has_bias = config.router_scoring == "sigmoid"
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_expert) if has_bias else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, mean=0.0, std=math.sqrt(2.0 / 5 / self.config.n_embd))
-        nn.init.zeros_(self.e_score_correction_bias)
+        if self.e_score_correction_bias is not None:
+            nn.init.zeros_(self.e_score_correction_bias)
 
     @torch.no_grad()
     def get_topk_indices(self, scores: Tensor) -> Tensor:
         """Indices `(N, k)` of the chosen experts from the scores `(N, E)`."""
         config, N, groups = self.config, scores.size(0), self.config.n_expert_groups
-        scores = scores + self.e_score_correction_bias
+        scores = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
         grouped = scores.view(N, groups, -1)  # (N, groups, E / groups)
         group_scores = grouped.topk(config.n_topk_scores_per_group or 2, dim=-1)[0].sum(dim=-1)  # (N, groups)
         best = group_scores.topk(config.n_topk_groups, dim=-1, sorted=False)[1]
@@ -767,7 +772,8 @@ class GroupedTopkRouter(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and indices `(N, k)` for tokens `(N, C)`; the scores are in float32."""
         with torch.autocast(x.device.type, enabled=False):
-            scores = F.linear(x.float(), self.weight.float()).sigmoid()  # (N, E)
+            logits = F.linear(x.float(), self.weight.float())  # (N, E)
+        scores = logits.sigmoid() if self.config.router_scoring == "sigmoid" else logits.softmax(dim=-1)
         experts = self.get_topk_indices(scores)
         weights = scores.gather(1, experts)
         if self.config.norm_topk_prob:
@@ -856,15 +862,12 @@ def rope_frequencies(
     `short_factor, long_factor` is LongRoPE (arXiv 2402.13753), where `length` decides between the two.
     """
     freqs = 1.0 / base ** (torch.arange(0, n_elem - n_elem % 2, 2, device=device).float() / n_elem)  # (n / 2,)
-    kind = rope_kind(extra_config)
-    if kind is None:
+    if (kind := rope_kind(extra_config)) is None:
         return freqs, 1.0
-    factor, original = extra_config.get("factor"), extra_config.get("original_max_seq_len")
-    scale = extra_config.get("attention_factor")
+    factor, original, scale = (extra_config.get(k) for k in ("factor", "original_max_seq_len", "attention_factor"))
     if kind == "longrope":
         divisors = extra_config["long_factor" if length > original else "short_factor"]
-        if scale is None:
-            scale = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
+        scale = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original)) if scale is None else scale
         return freqs / torch.tensor(divisors, device=device, dtype=torch.float32), scale
     if kind == "yarn":
         slow, yarn_scale = yarn_ramp(n_elem, base, extra_config, freqs)
@@ -886,9 +889,8 @@ def yarn_ramp(n_elem: int, base: float, extra_config: dict, freqs: Tensor) -> tu
     low, high = max(low, 0), min(high, n_elem - 1)
     slow = ((torch.arange(len(freqs), device=freqs.device) - low) / max(high - low, 0.001)).clamp(0, 1)
     factor, mscale, all_dim = (extra_config.get(key) for key in ("factor", "mscale", "mscale_all_dim"))
-    if mscale and all_dim:
-        return slow, yarn_get_mscale(factor, mscale) / yarn_get_mscale(factor, all_dim)
-    return slow, yarn_get_mscale(factor)
+    over = yarn_get_mscale(factor, all_dim) if mscale and all_dim else 1.0
+    return slow, yarn_get_mscale(factor, mscale if mscale and all_dim else 1) / over
 
 
 def yarn_get_mscale(scale: float = 1, mscale: float = 1) -> float:
@@ -939,9 +941,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
                     grad_x[i : i + chunk] = logits @ w
                 if need_w:
                     grad_w = torch.empty_like(weight) if grad_w is None else grad_w
-                    for g, part in zip(
-                        grad_w.split(2**13), logits.split(2**13, dim=1)
-                    ):  # a whole weight is slow to copy
+                    for g, part in zip(grad_w.split(2**13), logits.split(2**13, dim=1)):  # a whole one is slow to copy
                         (g.add_ if i else g.copy_)(part.t() @ xc)
                     if bias is not None:
                         grad_b = logits.sum(dim=0, dtype=torch.float32) + (0 if grad_b is None else grad_b)

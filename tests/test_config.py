@@ -36,7 +36,10 @@ from litgpt.config import (
 PUBLISHED = json.loads((Path(__file__).parent / "fixtures" / "model_configs.json").read_text())
 PUBLISHED_BY_NAME = {row["name"]: row for row in PUBLISHED["configs"]}
 NAMES = list(PUBLISHED_BY_NAME)
-NEW_FIELDS = ("causal", "dropout", "tie_embeddings", "norm_unit_offset", "norm_affine")
+NEW_FIELDS = (
+    "causal", "dropout", "tie_embeddings", "norm_unit_offset", "norm_affine", "embedding_multiplier",
+    "residual_multiplier", "logits_scaling", "nope_indices", "router_scoring",
+)  # fmt: skip
 
 _GEMMA_EPS = "Transformers' Gemma, Gemma 2 and Gemma 3 use 1e-6; 0.5.13 left the field at its default"
 _LONGROPE = "131,072 is reached by LongRoPE only, and its factors are not known by name; this is the original context"
