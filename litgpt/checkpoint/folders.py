@@ -5,6 +5,7 @@ import shutil
 import sys
 import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,17 @@ CONFIG_FILES = (
     "tokenizer_config.json",
 )  # fmt: skip
 
+WEIGHT_PATTERNS = {
+    WEIGHTS_NAME: None, "model.safetensors.index.json": None, "*.safetensors.index.json": 1, "model.safetensors": None,
+    "model-*-of-*.safetensors": None, "*.safetensors": 1, "pytorch_model.bin.index.json": None,
+    "pytorch_model.bin": None, "pytorch_model-*-of-*.bin": None,
+}  # fmt: skip
+"""Where weights are looked for, in this order -> how many files may match, so that none is taken by chance."""
+
+SEAL_BYTES = len("litgpt crc32 01234567\n")
+"""Length of the checksum at the end of the torch files that we write; see `crc.py`."""
+
+_ZIP_END_BYTES = 22
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -51,15 +63,21 @@ def find_resume_path(resume: bool | Literal["auto"] | Path, out_dir: Path) -> Pa
 
 
 def find_weights_file(checkpoint_dir: Path | str) -> Path:
-    """The file to start reading weights from: `lit_model.pth`, else an index of safetensors, else the only one."""
+    """The file to start reading weights from: `lit_model.pth`, else safetensors, else `pytorch_model*.bin`.
+
+    Returns:
+        A single file, an index of shards, or the first of numbered shards that have no index.
+    """
     folder = Path(checkpoint_dir)
-    if (folder / WEIGHTS_NAME).is_file():
-        return folder / WEIGHTS_NAME
-    for pattern in ("model.safetensors.index.json", "*.safetensors.index.json", "model.safetensors", "*.safetensors"):
-        if len(found := sorted(folder.glob(pattern))) == 1:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is {'a file, not a folder' if folder.exists() else 'not there'}")
+    for pattern, most in WEIGHT_PATTERNS.items():
+        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        if found and (most is None or len(found) <= most):
             return found[0]
     raise FileNotFoundError(
-        f"{folder} holds no weights: expected {WEIGHTS_NAME}, one *.safetensors or an index of several"
+        f"{folder} holds no weights: expected {WEIGHTS_NAME}, *.safetensors or pytorch_model*.bin, alone or with an "
+        "index of several"
     )
 
 
@@ -76,7 +94,12 @@ def weights_files(folder: Path) -> list[Path]:
 
 def is_complete(file: Path) -> bool:
     """Whether the end of a torch file is there; says nothing about flipped bits."""
-    return zipfile.is_zipfile(file)
+    if not zipfile.is_zipfile(file):
+        return False
+    with open(file, "rb") as stream:
+        stream.seek(max(0, file.stat().st_size - _ZIP_END_BYTES - SEAL_BYTES))
+        end = stream.read()
+    return any(end[-n : -n + 4] == b"PK\5\6" for n in (_ZIP_END_BYTES, _ZIP_END_BYTES + SEAL_BYTES))
 
 
 def copy_config_files(source_dir: Path, out_dir: Path) -> None:
@@ -129,3 +152,23 @@ def check_valid_checkpoint_dir(
     if verbose:
         print(message, file=sys.stderr)
     raise SystemExit(1)
+
+
+def existing_file(path: Path | str) -> Path:
+    """`path`, if it is a regular file."""
+    if not (path := Path(path)).is_file():
+        raise FileNotFoundError(f"{path} is {'a folder, not a file' if path.is_dir() else 'not there'}")
+    return path
+
+
+def damaged(path: Path, reason: str) -> ValueError:
+    """The error that says what is wrong with a weights file and which other one may serve."""
+    others = [file for file in step_files(path.parent.parent) if file.parent != path.parent and is_complete(file)]
+    advice = f"another checkpoint is {others[-1]}" if others else "use another copy of it"
+    return ValueError(f"{path} is cut off or damaged ({reason}); {advice}")
+
+
+def some(names: Iterable[str], most: int = 6) -> str:
+    """The first few of many names, for a message."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,158 @@
+"""Finding flipped bits: checksums are written with every weights file and compared when somebody asks for it.
+
+A torch file carries a checksum of each record, which torch never compares; what lies between the records has none. Our
+own files therefore end with one more, over the whole file, in the comment that the zip format allows at its end.
+Safetensors have no place for one: theirs stand in `checksums.json` beside them.
+"""
+
+import json
+import mmap
+import re
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from litgpt.checkpoint.folders import SEAL_BYTES, damaged, existing_file, is_complete, some
+
+CHECKSUMS_NAME = "checksums.json"
+ZIP_MAGIC = b"PK\x03\x04"
+_OLD_TORCH_MAGIC = b"\x80\x02"
+_SEAL = re.compile(rb"litgpt crc32 ([0-9a-f]{8})\n")
+_SLICE_BYTES = 1 << 26
+
+
+class SummingFile:
+    """Passes on what is written, one piece after the other, and keeps its checksum.
+
+    It cannot seek, so that a writer never goes back to change what is in the sum already.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.crc, self.n_bytes = file, 0, 0
+
+    def write(self, data: Any) -> int:
+        """Write all of `data`."""
+        data = memoryview(data).cast("B")
+        self.file.write(data)
+        self.crc, self.n_bytes = crc32(data, self.crc), self.n_bytes + len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Hand everything to the system."""
+        self.file.flush()
+
+
+def seal_zip(file: BinaryIO, crc: int) -> None:
+    """Add the checksum `crc` of a finished zip file as its comment; `file` stands at its end and is seekable."""
+    file.seek(-2, 2)
+    file.write(SEAL_BYTES.to_bytes(2, "little"))
+    file.write(b"litgpt crc32 %08x\n" % crc)
+
+
+def check_crc(path: Path | str) -> None:
+    """Compare a weights file with the checksums written with it; reading does not.
+
+    Costs about as much as reading the file once. Torch files in the old format, and safetensors without a
+    `checksums.json` beside them, carry no checksums and pass.
+
+    Args:
+        path: A torch file, a `.safetensors`, or an index of shards, which are then checked one by one.
+
+    Raises:
+        ValueError: Some bits differ; names the file, the record and another checkpoint if there is one.
+    """
+    path = existing_file(path)
+    if path.suffix in (".safetensors", ".json"):
+        _check_listed(path)
+        return
+    with open(path, "rb") as file:
+        if file.read(2) == _OLD_TORCH_MAGIC:
+            return
+        records = zip_records(path)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as data:
+            if _is_sealed(path, data):
+                return
+            for record in records:
+                begin = record.header_offset
+                header = bytes(data[begin : begin + 30])
+                n_name, n_extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+                name = bytes(data[begin + 30 : begin + 30 + n_name])
+                begin += 30 + n_name + n_extra
+                is_intact = header[:4] == ZIP_MAGIC and name == record.filename.encode()
+                if not is_intact or crc32(data[begin : begin + record.file_size]) != record.CRC:
+                    raise damaged(path, f"the checksum of its record `{record.filename}` is wrong")
+            if bytes(data[-22:-18]) != b"PK\x05\x06":
+                raise damaged(path, "the checksum of the whole file is wrong")
+
+
+def _is_sealed(path: Path, data: memoryview) -> bool:
+    """Whether the checksum of the whole file is there and right; False asks for a closer look."""
+    seal = _SEAL.fullmatch(bytes(data[-SEAL_BYTES:]))
+    end = len(data) - SEAL_BYTES - 2
+    if seal is None or bytes(data[end : end + 2]) != SEAL_BYTES.to_bytes(2, "little"):
+        return False
+    return crc32(b"\0\0", crc32(data[:end])) == int(seal[1], 16)
+
+
+def zip_records(path: Path) -> list[zipfile.ZipInfo]:
+    """The table of contents of a torch file; refuses what could make it larger in memory than on disk."""
+    try:
+        if not is_complete(path):
+            raise ValueError
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OverflowError):
+        raise damaged(path, "the table of contents at its end is missing") from None
+    if packed := [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]:
+        raise ValueError(f"{path} is refused: its record `{packed[0]}` is compressed, which torch never does")
+    if sum(record.file_size for record in records) > path.stat().st_size:
+        raise ValueError(f"{path} is refused: its records overlap, so that it would grow while it is read")
+    return records
+
+
+def write_checksums(folder: Path, crcs: dict[str, int]) -> None:
+    """Write `checksums.json` for files of `folder`; to be called when they are complete."""
+    entries = {name: {"bytes": (folder / name).stat().st_size, "crc32": f"{crc:08x}"} for name, crc in crcs.items()}
+    (folder / CHECKSUMS_NAME).write_text(json.dumps({"files": entries}, indent=1) + "\n", encoding="utf-8")
+
+
+def _check_listed(path: Path) -> None:
+    sums = path.parent / CHECKSUMS_NAME
+    if not sums.is_file():
+        return
+    try:
+        if sums.stat().st_size > 1 << 22:
+            raise ValueError
+        files = json.loads(sums.read_text(encoding="utf-8"))["files"]
+        listed = {name: (entry["bytes"], int(entry["crc32"], 16)) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise damaged(sums, "it is no list of checksums") from None
+    if path.name not in listed:
+        raise damaged(path, f"{CHECKSUMS_NAME} beside it lists only {some(listed)}")
+    wanted = [path.name]
+    if path.name.endswith(".index.json"):
+        wanted += [name for name in listed if name.endswith(".safetensors")]
+    for name in wanted:
+        file, (n_bytes, crc) = existing_file(path.parent / name), listed[name]
+        if Path(name).name != name:
+            raise damaged(sums, "it names files in other folders")
+        if file.stat().st_size != n_bytes or crc_of_file(file) != crc:
+            raise damaged(file, f"it differs from {CHECKSUMS_NAME}, which was written with it")
+
+
+def crc_of_file(path: Path) -> int:
+    """The checksum of a whole file, read in slices."""
+    crc, buffer = 0, memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while n_read := file.readinto(buffer):
+            crc = zlib.crc32(buffer[:n_read], crc)
+    return crc
+
+
+def crc32(data: Any, crc: int = 0) -> int:
+    """CRC-32 of `data`, going on from `crc`."""
+    data = memoryview(data)
+    for begin in range(0, len(data), _SLICE_BYTES):  # short slices, so that Ctrl-C works on files of many GB
+        crc = zlib.crc32(data[begin : begin + _SLICE_BYTES], crc)
+    return crc
