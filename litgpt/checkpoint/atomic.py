@@ -64,16 +64,32 @@ def atomic_folder(target: Path | str) -> Iterator[Path]:
         except OSError as error:
             raise _write_error(target, error) from error
         yield temporary
-        for folder, _, files in os.walk(temporary, topdown=False):
-            for file in files:
-                _fsync(Path(folder, file))
-            _fsync(Path(folder))
-        try:
-            _put_in_place(temporary, target)
-        except OSError as error:
-            raise _write_error(target, error) from error
+        put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Bring all of `folder` to the disk, then give it the name of its neighbour `target` in one step.
+
+    An existing `target` is gone afterwards; where the kernel can, the two are exchanged and `folder` is what it was.
+    """
+    try:
+        for name, _, files in os.walk(folder, topdown=False):
+            for file in files:
+                _fsync(Path(name, file))
+            _fsync(Path(name))
+        _put_in_place(folder, target)
+    except OSError as error:
+        raise _write_error(target, error) from error
+
+
+def check_disk_space(path: Path | str, n_bytes: int) -> None:
+    """Raise an `OSError` that names both numbers if `n_bytes` do not fit beside `path`."""
+    path = Path(path)
+    parent = next((folder for folder in path.absolute().parents if folder.is_dir()), path.parent)
+    if n_bytes > shutil.disk_usage(parent).free:
+        raise _write_error(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), n_bytes)
 
 
 def remove_leftovers(out_dir: Path | str) -> list[Path]:
