@@ -7,8 +7,9 @@ from litgpt.checkpoint.folders import find_weights_file, some
 from litgpt.checkpoint.lazy import LazyTensor
 from litgpt.checkpoint.safetensors_file import open_index, open_safetensors
 from litgpt.checkpoint.torch_file import open_torch
+from litgpt.checkpoint.writing import write_safetensors, write_torch
 
-__all__ = ["LazyTensor", "open_weights"]
+__all__ = ["LazyTensor", "open_weights", "write_safetensors", "write_torch"]
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin)")
 
