@@ -30,6 +30,8 @@ class LazyTensor:
     pieces: Callable[[], Iterator[Tensor]] | None = None
     """Gives the values flat, in order, as pieces of about `PIECE_BYTES`; what they lie in is reused for the next one.
     None: only the whole can be had."""
+    cut: Callable[[int, tuple[int, ...]], "LazyTensor"] | None = None
+    """Does what `span` promises, without reading the rest. None: `span` takes the whole."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> "LazyTensor":
@@ -62,6 +64,17 @@ class LazyTensor:
             return gather(pieces(), self.shape, dtype)
 
         return LazyTensor(self.shape, dtype, read, pieces=pieces if self.pieces else None)
+
+    def span(self, begin: int, shape: tuple[int, ...]) -> "LazyTensor":
+        """The values from the flat index `begin` on, as a tensor of `shape`."""
+        if self.cut is not None:
+            return self.cut(begin, shape)
+        whole, end = self.view or self.read, begin + math.prod(shape)
+
+        def view() -> Tensor:
+            return whole().reshape(-1)[begin:end].view(shape)
+
+        return LazyTensor(shape, self.dtype, read=lambda: view().clone(), view=view if self.view else None)
 
     def iter_pieces(self) -> Iterator[Tensor]:
         """The values flat and in order, in pieces; in one piece where it cannot be done better."""

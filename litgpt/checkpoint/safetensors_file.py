@@ -130,6 +130,7 @@ class _Mapping:
             read=functools.partial(self._read, shape, dtype, begin),
             view=view,
             pieces=functools.partial(self._pieces, shape, dtype, begin),
+            cut=lambda first, part: self.tensor(part, dtype, begin + first * dtype.itemsize),
         )
 
     @functools.cached_property

@@ -4,6 +4,7 @@ Every file of a checkpoint is untrusted, also optimizer and random state.
 """
 
 import functools
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +84,7 @@ def open_torch(path: Path | str) -> dict[str, LazyTensor]:
                 read=functools.partial(reader.read, name),
                 view=functools.partial(tensor.detach),
                 pieces=functools.partial(reader.pieces, name) if is_plain else None,
+                cut=functools.partial(reader.cut, name, tensor.detach()) if is_plain else None,
             )
         tensors[name] = seen.setdefault(key, lazy) if tensor.numel() else lazy
     return tensors
@@ -100,6 +102,17 @@ class _Reader:
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         return mapped_pieces(self._tensors[name])
+
+    def cut(self, name: str, tensor: Tensor, begin: int, shape: tuple[int, ...]) -> LazyTensor:
+        span = slice(begin, begin + math.prod(shape))
+
+        def pieces() -> Iterator[Tensor]:
+            return mapped_pieces(self._tensors[name].view(-1)[span])
+
+        def read() -> Tensor:
+            return gather(pieces(), shape, tensor.dtype)
+
+        return LazyTensor(shape, tensor.dtype, read, view=lambda: tensor.view(-1)[span].view(shape), pieces=pieces)
 
     def read(self, name: str) -> Tensor:
         tensor = self._tensors[name]
