@@ -1,13 +1,36 @@
 """Weights into models: whatever lies on disk becomes the tensors of our model, read in place where that is possible."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from litgpt.checkpoint.folders import some
 from litgpt.checkpoint.tensors import LazyTensor, open_weights
+from litgpt.config import Config
+
+_BLOCK = re.compile(r"(.*?\.\d+)\.")
+
+
+def open_model_weights(
+    dir_or_file: Path | str, config: Config, hf_values: dict[str, Any] | None = None
+) -> dict[str, LazyTensor]:
+    """The tensors of a checkpoint in our names and layout, whatever is on disk; nothing is read yet.
+
+    Args:
+        dir_or_file: See `open_weights`. Hugging Face weights are recognised by their names.
+        config: Of the model that the weights belong to.
+        hf_values: The `config.json` beside Hugging Face weights; None: it is read if it is there.
+
+    Raises:
+        ValueError: A tensor that such a model does not have, or one that is missing.
+    """
+    tensors = open_weights(dir_or_file)
+    return tensors
 
 
 def load_weights(dir_or_file: Path | str) -> dict[str, Tensor]:
@@ -46,7 +69,7 @@ class CheckpointValidationResult:
 def validate_checkpoint(checkpoint_path: Path, model: nn.Module, verbose: bool = True) -> CheckpointValidationResult:
     """Compare names and shapes in a weights file or folder with `model` (also on the meta device); changes nothing."""
     try:
-        result = _compare(model, load_weights(checkpoint_path))
+        result = _compare(model, _open_for(model, checkpoint_path))
     except (OSError, ValueError) as error:
         result = CheckpointValidationResult(is_valid=False, errors=[str(error)])
     if verbose:
@@ -54,39 +77,90 @@ def validate_checkpoint(checkpoint_path: Path, model: nn.Module, verbose: bool =
     return result
 
 
-def load_model_weights(model: nn.Module, dir_or_file: Path | str, strict: bool = True) -> None:
-    """Load the model part of a checkpoint; parameters on the meta device become views of the file.
+def load_model_weights(
+    model: nn.Module, dir_or_file: Path | str, strict: bool = True, dtype: torch.dtype | None = None
+) -> None:
+    """Load the model part of a checkpoint, ours or one of Hugging Face.
+
+    Parameters on the meta device become views of the file, where its dtype is the wanted one and the layout is ours;
+    everything else is read, and cast, once. Memory holds little beside the weights at any time.
 
     Args:
         model: Takes the weights in place. Parameters shared by two names stay shared, also when only one of the
             names is in the file (tied embeddings).
-        dir_or_file: See `load_weights`.
+        dir_or_file: See `open_weights`.
         strict: Refuse missing and unexpected names. Wrong shapes are always refused.
+        dtype: What floating point weights are cast to. None: on the meta device as in the file, otherwise as the
+            parameters are.
     """
-    weights, aliases = load_weights(dir_or_file), _shared_parameters(model)
+    tensors, aliases = _open_for(model, dir_or_file), _shared_parameters(model)
     state = model.state_dict(keep_vars=True)
     is_meta = any(tensor.is_meta for tensor in state.values() if isinstance(tensor, Tensor))
+    if dtype is not None:
+        tensors = {
+            name: tensor.to(dtype) if tensor.dtype.is_floating_point else tensor for name, tensor in tensors.items()
+        }
+        if not is_meta:
+            model.to(dtype=dtype)
     try:
-        keys = model.load_state_dict(weights, strict=False, assign=is_meta)
+        missing, unexpected = _load_in_place(model, tensors) if is_meta else _copy_block_by_block(model, tensors)
     except RuntimeError as error:
-        found = _compare(model, weights)
+        found = _compare(model, tensors)
         reason = found.summary() if found.shape_mismatches else " ".join(str(error).split())
         raise _misfit(dir_or_file, reason) from None
     for names in aliases:
-        present = [name for name in names if name in weights]
-        if any(not torch.equal(weights[present[0]], weights[name]) for name in present[1:]):
+        present = [name for name in names if name in tensors]
+        if any(not _is_same(tensors[present[0]], tensors[name]) for name in present[1:]):
             if len({id(model.get_parameter(name)) for name in present}) == 1:
                 raise _misfit(dir_or_file, f"{' and '.join(present)} differ in the file but are one in the model")
         elif is_meta and present:
             for name in names:
                 owner, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(owner), attribute, model.get_parameter(present[0]))
-    missing = [name for name in keys.missing_keys if not _has_alias(name, aliases, weights)]
-    if strict and (missing or keys.unexpected_keys):
-        raise _misfit(dir_or_file, CheckpointValidationResult(False, missing, list(keys.unexpected_keys)).summary())
+    missing = [name for name in missing if not _has_alias(name, aliases, tensors)]
+    if strict and (missing or unexpected):
+        raise _misfit(dir_or_file, CheckpointValidationResult(False, missing, unexpected).summary())
 
 
-def _compare(model: nn.Module, weights: dict[str, Tensor]) -> CheckpointValidationResult:
+def _open_for(model: nn.Module, dir_or_file: Path | str) -> dict[str, LazyTensor]:
+    config = getattr(model, "config", None)
+    return open_model_weights(dir_or_file, config) if isinstance(config, Config) else open_weights(dir_or_file)
+
+
+def _load_in_place(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> tuple[list[str], list[str]]:
+    values: dict[int, Tensor] = {}
+    for tensor in tensors.values():
+        if id(tensor) not in values:
+            values[id(tensor)] = _values(tensor)
+    weights = {name: values[id(tensor)] for name, tensor in tensors.items()}
+    keys = model.load_state_dict(weights, strict=False, assign=True)
+    return list(keys.missing_keys), list(keys.unexpected_keys)
+
+
+def _copy_block_by_block(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> tuple[list[str], list[str]]:
+    """Copy into the parameters what belongs to one block at a time, so that memory holds no second set of weights."""
+    blocks: dict[str, dict[str, LazyTensor]] = {"": {}}
+    for name, tensor in tensors.items():
+        match = _BLOCK.match(name)
+        blocks.setdefault(match[1] if match else "", {})[name] = tensor
+    missing: dict[str, None] = dict.fromkeys(model.state_dict())
+    unexpected: list[str] = []
+    for block in blocks.values():
+        keys = model.load_state_dict({name: tensor.read() for name, tensor in block.items()}, strict=False)
+        missing = dict.fromkeys(name for name in missing if name in set(keys.missing_keys))
+        unexpected += keys.unexpected_keys
+    return list(missing), unexpected
+
+
+def _is_same(one: LazyTensor, other: LazyTensor) -> bool:
+    if one is other:
+        return True
+    if one.shape != other.shape:
+        return False
+    return all(torch.equal(a, b) for a, b in zip(one.iter_pieces(), other.iter_pieces()))
+
+
+def _compare(model: nn.Module, weights: Mapping[str, LazyTensor]) -> CheckpointValidationResult:
     # "attn.attn" is the published old spelling that attention converts while loading
     weights = {name.replace(".attn.attn.", ".attn.qkv."): tensor for name, tensor in weights.items()}
     aliases, state = _shared_parameters(model), model.state_dict()
@@ -95,7 +169,7 @@ def _compare(model: nn.Module, weights: dict[str, Tensor]) -> CheckpointValidati
     shapes = [
         f"{name} {tuple(weights[name].shape)} in the file, {tuple(tensor.shape)} in the model"
         for name, tensor in state.items()
-        if name in weights and weights[name].shape != tensor.shape
+        if name in weights and weights[name].shape != tuple(tensor.shape)
     ]
     return CheckpointValidationResult(not (missing or unexpected or shapes), missing, unexpected, shapes)
 
@@ -107,7 +181,7 @@ def _shared_parameters(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def _has_alias(name: str, aliases: list[list[str]], weights: dict[str, Tensor]) -> bool:
+def _has_alias(name: str, aliases: list[list[str]], weights: Mapping[str, LazyTensor]) -> bool:
     return any(name in group and any(other in weights for other in group) for group in aliases)
 
 
