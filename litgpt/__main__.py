@@ -43,7 +43,10 @@ COMMANDS = {
         "merge_lora": ("", "merge LoRA weights into the base model"),
         "convert_to_litgpt": ("", "convert Hugging Face weights to litgpt"),
         "convert_from_litgpt": ("", "convert litgpt weights to Hugging Face"),
-        "convert_pretrained_checkpoint": ("", "strip a pretraining checkpoint down to its weights"),
+        "convert_pretrained_checkpoint": (
+            "litgpt.scripts.convert_pretrained_checkpoint:convert_pretrained_checkpoint",
+            "strip a pretraining checkpoint down to its weights",
+        ),
     },
     "Extend": {
         "quickstart": ("litgpt.quickstart:setup", "tokenizer, pretraining, generation and a loss plot in four minutes"),

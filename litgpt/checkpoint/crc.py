@@ -86,6 +86,14 @@ def check_crc(path: Path | str) -> None:
                 raise damaged(path, "the checksum of the whole file is wrong")
 
 
+def has_checksums(path: Path) -> bool:
+    """Whether `check_crc` has anything to compare."""
+    if path.suffix in (".safetensors", ".json"):
+        return (path.parent / CHECKSUMS_NAME).is_file()
+    with open(path, "rb") as file:
+        return file.read(2) != _OLD_TORCH_MAGIC
+
+
 def _is_sealed(path: Path, data: memoryview) -> bool:
     """Whether the checksum of the whole file is there and right; False asks for a closer look."""
     seal = _SEAL.fullmatch(bytes(data[-SEAL_BYTES:]))

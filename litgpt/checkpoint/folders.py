@@ -62,8 +62,12 @@ def find_resume_path(resume: bool | Literal["auto"] | Path, out_dir: Path) -> Pa
     raise FileNotFoundError(f"nothing to resume from: {folder} holds no complete step-*/{WEIGHTS_NAME} {advice}")
 
 
-def find_weights_file(checkpoint_dir: Path | str) -> Path:
+def find_weights_file(checkpoint_dir: Path | str, but: str | None = None) -> Path:
     """The file to start reading weights from: `lit_model.pth`, else safetensors, else `pytorch_model*.bin`.
+
+    Args:
+        checkpoint_dir: Folder to look in.
+        but: Name of a file that is not looked for.
 
     Returns:
         A single file, an index of shards, or the first of numbered shards that have no index.
@@ -72,12 +76,14 @@ def find_weights_file(checkpoint_dir: Path | str) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is {'a file, not a folder' if folder.exists() else 'not there'}")
     for pattern, most in WEIGHT_PATTERNS.items():
+        if pattern == but:
+            continue
         found = sorted(path for path in folder.glob(pattern) if path.is_file())
         if found and (most is None or len(found) <= most):
             return found[0]
     raise FileNotFoundError(
-        f"{folder} holds no weights: expected {WEIGHTS_NAME}, *.safetensors or pytorch_model*.bin, alone or with an "
-        "index of several"
+        f"{folder} holds no weights: expected {'' if but == WEIGHTS_NAME else f'{WEIGHTS_NAME}, '}*.safetensors or "
+        "pytorch_model*.bin, alone or with an index of several"
     )
 
 
@@ -159,6 +165,15 @@ def existing_file(path: Path | str) -> Path:
     if not (path := Path(path)).is_file():
         raise FileNotFoundError(f"{path} is {'a folder, not a file' if path.is_dir() else 'not there'}")
     return path
+
+
+def existing_folder(path: Path | str) -> Path:
+    """`path` or `checkpoints/path`, whichever is a folder."""
+    folder = extend_checkpoint_dir(Path(path))
+    if not folder.is_dir():
+        reason = "a file, not a folder" if folder.is_file() else "not there"
+        raise FileNotFoundError(f"{folder} is {reason}, and checkpoints/{path} is no folder either")
+    return folder
 
 
 def damaged(path: Path, reason: str) -> ValueError:

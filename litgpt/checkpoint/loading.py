@@ -77,6 +77,12 @@ def validate_checkpoint(checkpoint_path: Path, model: nn.Module, verbose: bool =
     return result
 
 
+def check_fit(model: nn.Module, tensors: Mapping[str, LazyTensor], source: Path | str) -> None:
+    """Raise a `ValueError` if names or shapes differ from those of `model`, which may be on the meta device."""
+    if not (found := _compare(model, tensors)).is_valid:
+        raise _misfit(source, found.summary())
+
+
 def load_model_weights(
     model: nn.Module, dir_or_file: Path | str, strict: bool = True, dtype: torch.dtype | None = None
 ) -> None:

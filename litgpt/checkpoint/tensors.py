@@ -9,7 +9,7 @@ from litgpt.checkpoint.safetensors_file import open_index, open_safetensors
 from litgpt.checkpoint.torch_file import open_torch
 from litgpt.checkpoint.writing import write_safetensors, write_torch
 
-__all__ = ["LazyTensor", "open_weights", "write_safetensors", "write_torch"]
+__all__ = ["LazyTensor", "files_of", "open_weights", "write_safetensors", "write_torch"]
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin)")
 
@@ -50,13 +50,25 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
 
 def _open_numbered(folder: Path, shard: re.Match[str]) -> dict[str, LazyTensor]:
     """All shards of a set that has lost its index, which the numbers in their names tell."""
-    count = int(shard["count"])
-    paths = [folder / f"{shard['stem']}-{i:05d}-of-{count:05d}{shard['suffix']}" for i in range(1, count + 1)]
+    paths = _numbered(folder, shard)
     if lacking := [path.name for path in paths if not path.is_file()]:
         raise FileNotFoundError(
-            f"{folder} lacks {len(lacking)} of {count} shards ({some(lacking)}); download or copy them again"
+            f"{folder} lacks {len(lacking)} of {len(paths)} shards ({some(lacking)}); download or copy them again"
         )
     tensors: dict[str, LazyTensor] = {}
     for path in paths:
         tensors |= _open_file(path)
     return tensors
+
+
+def _numbered(folder: Path, shard: re.Match[str]) -> list[Path]:
+    count = min(int(shard["count"]), 10_000)
+    return [folder / f"{shard['stem']}-{i:05d}-of-{shard['count']}{shard['suffix']}" for i in range(1, count + 1)]
+
+
+def files_of(weights_file: Path) -> list[Path]:
+    """All files that `open_weights(weights_file)` reads, an index last."""
+    if weights_file.name.endswith(".index.json"):
+        return [*(weights_file.parent / name for name in sorted(set(open_index(weights_file).values()))), weights_file]
+    match = _SHARD.fullmatch(weights_file.name)
+    return _numbered(weights_file.parent, match) if match else [weights_file]
