@@ -247,7 +247,7 @@ def main(
     device = default_device()
     dtype, autocast_dtype = parse_precision(precision)
     spec, config = load_checkpoint_config(checkpoint_dir)
-    predict = _own_predict(spec)
+    predict = own_predict(spec)
     tokenizer = Tokenizer(checkpoint_dir)
     style = load_prompt_style(checkpoint_dir) if has_prompt_style(checkpoint_dir) else PromptStyle.from_config(config)
     idx = tokenizer.encode(style.apply(prompt, sys_prompt=sys_prompt), device=device).long()  # (T,)
@@ -291,7 +291,7 @@ def _check_prompt(idx: Tensor, max_new_tokens: int, config: Config, checkpoint_d
         )
 
 
-def _own_predict(spec: ModelSpec) -> Callable[..., Iterator[Tensor]] | None:
+def own_predict(spec: ModelSpec) -> Callable[..., Iterator[Tensor]] | None:
     """How a model that does not predict the next token generates, in the form of `generate_fn`; None for others."""
     objective = get_objective(spec.objective)
     if type(objective).predict is NextToken.predict:
