@@ -66,24 +66,44 @@ def check_crc(path: Path | str) -> None:
     if path.suffix in (".safetensors", ".json"):
         _check_listed(path)
         return
-    with open(path, "rb") as file:
-        if file.read(2) == _OLD_TORCH_MAGIC:
-            return
+    if not has_checksums(path):
+        return
+    if not path.stat().st_size:
+        raise damaged(path, "it is empty")
+    with (
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        memoryview(mapped) as data,
+    ):
+        if (is_intact := _is_intact(data)) is not True:
+            _check_records(path, data)
+        if is_intact is False:
+            raise damaged(path, "the checksum of the whole file is wrong")
+
+
+def _is_intact(data: memoryview) -> bool | None:
+    """Whether the checksum of the whole file is right; None if there is none, or nothing that looks like one."""
+    seal = _SEAL.fullmatch(bytes(data[-SEAL_BYTES:]))
+    end = len(data) - SEAL_BYTES - 2
+    if seal is None or bytes(data[end : end + 2]) != SEAL_BYTES.to_bytes(2, "little"):
+        return None if bytes(data[-22:-18]) == b"PK\x05\x06" else False
+    return crc32(b"\0\0", crc32(data[:end])) == int(seal[1], 16)
+
+
+def _check_records(path: Path, data: memoryview) -> None:
+    try:
         records = zip_records(path)
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as data:
-            if _is_sealed(path, data):
-                return
-            for record in records:
-                begin = record.header_offset
-                header = bytes(data[begin : begin + 30])
-                n_name, n_extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
-                name = bytes(data[begin + 30 : begin + 30 + n_name])
-                begin += 30 + n_name + n_extra
-                is_intact = header[:4] == ZIP_MAGIC and name == record.filename.encode()
-                if not is_intact or crc32(data[begin : begin + record.file_size]) != record.CRC:
-                    raise damaged(path, f"the checksum of its record `{record.filename}` is wrong")
-            if bytes(data[-22:-18]) != b"PK\x05\x06":
-                raise damaged(path, "the checksum of the whole file is wrong")
+    except ValueError as error:
+        raise damaged(path, str(error).removeprefix(f"{path} is ")) from None
+    for record in records:
+        begin = record.header_offset
+        header = bytes(data[begin : begin + 30])
+        n_name, n_extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+        name = bytes(data[begin + 30 : begin + 30 + n_name])
+        begin += 30 + n_name + n_extra
+        is_intact = header[:4] == ZIP_MAGIC and name == record.filename.encode()
+        if not is_intact or crc32(data[begin : begin + record.file_size]) != record.CRC:
+            raise damaged(path, f"the checksum of its record `{record.filename}` is wrong")
 
 
 def has_checksums(path: Path) -> bool:
@@ -92,15 +112,6 @@ def has_checksums(path: Path) -> bool:
         return (path.parent / CHECKSUMS_NAME).is_file()
     with open(path, "rb") as file:
         return file.read(2) != _OLD_TORCH_MAGIC
-
-
-def _is_sealed(path: Path, data: memoryview) -> bool:
-    """Whether the checksum of the whole file is there and right; False asks for a closer look."""
-    seal = _SEAL.fullmatch(bytes(data[-SEAL_BYTES:]))
-    end = len(data) - SEAL_BYTES - 2
-    if seal is None or bytes(data[end : end + 2]) != SEAL_BYTES.to_bytes(2, "little"):
-        return False
-    return crc32(b"\0\0", crc32(data[:end])) == int(seal[1], 16)
 
 
 def zip_records(path: Path) -> list[zipfile.ZipInfo]:

@@ -104,8 +104,9 @@ def is_complete(file: Path) -> bool:
         return False
     with open(file, "rb") as stream:
         stream.seek(max(0, file.stat().st_size - _ZIP_END_BYTES - SEAL_BYTES))
-        end = stream.read()
-    return any(end[-n : -n + 4] == b"PK\5\6" for n in (_ZIP_END_BYTES, _ZIP_END_BYTES + SEAL_BYTES))
+        tail = stream.read()
+    ends = {n: tail[-_ZIP_END_BYTES - n :] for n in (0, SEAL_BYTES)}  # length of a comment -> what the file ends with
+    return any(end[:4] == b"PK\5\6" and end[20:22] == n.to_bytes(2, "little") for n, end in ends.items())
 
 
 def copy_config_files(source_dir: Path, out_dir: Path) -> None:

@@ -1,14 +1,16 @@
 """A tensor that is still on disk, or still to be computed: the currency between weight files and weight maps."""
 
-import ctypes
 import functools
 import math
-import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from litgpt.checkpoint.folders import damaged
 
 PIECE_BYTES = 1 << 25
 """Size of the pieces in which large tensors are copied, cast and written."""
@@ -95,32 +97,58 @@ def gather(pieces: Iterator[Tensor], shape: tuple[int, ...], dtype: torch.dtype)
     return whole
 
 
-def mapped_pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """Copies of the slices of a contiguous tensor in a mapped file, whose pages are given back after each.
+def on_disk(
+    path: Path, shape: tuple[int, ...], dtype: torch.dtype, begin: int, view: Callable[[], Tensor] | None
+) -> LazyTensor:
+    """The tensor whose values stand packed in a file, from the byte `begin` on.
 
-    The mapping must not be handed to anybody else: what was changed in it would be lost.
+    Reading goes through the file system, not through the mapping that the views share, so that no pages of it stay.
     """
-    for piece in _slices(tensor):
-        yield piece.clone()
-        release_pages(piece)
+
+    def cut(first: int, part: tuple[int, ...]) -> LazyTensor:
+        span = slice(first, first + math.prod(part))
+        return on_disk(
+            path, part, dtype, begin + first * dtype.itemsize, view and (lambda: view().reshape(-1)[span].view(part))
+        )
+
+    return LazyTensor(
+        shape,
+        dtype,
+        read=functools.partial(_read, path, shape, dtype, begin),
+        view=view,
+        pieces=functools.partial(_read_pieces, path, shape, dtype, begin),
+        cut=cut,
+    )
 
 
-def release_pages(tensor: Tensor) -> None:
-    """Tell the system that the pages of a mapped file below `tensor` are not needed. A hint, never an error."""
-    madvise, advice = _madvise(), getattr(mmap, "MADV_DONTNEED", None)
-    if madvise is None or advice is None or not tensor.numel():
+def _read(path: Path, shape: tuple[int, ...], dtype: torch.dtype, begin: int) -> Tensor:
+    whole = torch.empty(shape, dtype=dtype)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(begin)
+        _fill(whole, file)
+    return whole
+
+
+def _read_pieces(path: Path, shape: tuple[int, ...], dtype: torch.dtype, begin: int) -> Iterator[Tensor]:
+    n_values, step = math.prod(shape), max(1, PIECE_BYTES // dtype.itemsize)
+    buffer = torch.empty(min(step, n_values), dtype=dtype)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(begin)
+        for done in range(0, n_values, step):
+            piece = buffer[: min(step, n_values - done)]
+            _fill(piece, file)
+            yield piece
+
+
+def _fill(tensor: Tensor, file: FileIO) -> None:
+    if not tensor.numel():
         return
-    begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
-    madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(advice))
-
-
-@functools.cache
-def _madvise() -> Callable | None:
-    try:
-        return ctypes.CDLL(None).madvise
-    except (AttributeError, OSError, TypeError):
-        return None  # Windows
+    rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    while len(rest):
+        n_read = file.readinto(rest)
+        if not n_read:
+            raise damaged(Path(str(file.name)), "it became shorter while it was read")
+        rest = rest[n_read:]
 
 
 def _slices(tensor: Tensor) -> Iterator[Tensor]:

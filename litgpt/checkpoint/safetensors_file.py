@@ -5,7 +5,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from litgpt.checkpoint.folders import damaged, existing_file, some
-from litgpt.checkpoint.lazy import PIECE_BYTES, LazyTensor
+from litgpt.checkpoint.lazy import LazyTensor, on_disk
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -51,7 +51,9 @@ def open_safetensors(path: Path | str) -> dict[str, LazyTensor]:
         dtype = DTYPES[dtype_name]
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise damaged(path, f"`{name}` of {dtype_name} {list(shape)} does not take {end - begin} bytes")
-        tensors[name] = mapping.tensor(shape, dtype, start + begin)
+        is_aligned = (start + begin) % dtype.itemsize == 0
+        view = functools.partial(mapping.view, shape, dtype, start + begin) if is_aligned else None
+        tensors[name] = on_disk(path, shape, dtype, start + begin, view)
         spans.append((begin, end))
     position = 0
     for begin, end in sorted(spans):
@@ -114,69 +116,26 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 class _Mapping:
-    """One file: mapped when the first view is asked for, read through the file system otherwise."""
+    """One file, mapped when the first view of it is asked for."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype, begin: int) -> LazyTensor:
-        is_aligned = begin % dtype.itemsize == 0
-        view: Callable[[], Tensor] | None = None
-        if is_aligned:
-            view = functools.partial(self._view, shape, dtype, begin)
-        return LazyTensor(
-            shape,
-            dtype,
-            read=functools.partial(self._read, shape, dtype, begin),
-            view=view,
-            pieces=functools.partial(self._pieces, shape, dtype, begin),
-            cut=lambda first, part: self.tensor(part, dtype, begin + first * dtype.itemsize),
-        )
-
     @functools.cached_property
     def _bytes(self) -> Tensor:
-        if os.name == "nt":
-            with open(self.path, "rb") as file:
+        with open(self.path, "rb") as file:
+            if os.name == "nt":
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        else:
-            # without a reserve, so that a file larger than the memory can be mapped too
-            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-            with open(self.path, "rb") as file:
+            else:  # without a reserve, so that a file larger than the memory can be mapped too
+                flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
                 mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         return torch.frombuffer(mapped, dtype=torch.uint8)
 
-    def _view(self, shape: tuple[int, ...], dtype: torch.dtype, begin: int) -> Tensor:
+    def view(self, shape: tuple[int, ...], dtype: torch.dtype, begin: int) -> Tensor:
         n_bytes = math.prod(shape) * dtype.itemsize
         if not n_bytes:
             return torch.empty(shape, dtype=dtype)
         return self._bytes[begin : begin + n_bytes].view(dtype).view(shape)
-
-    def _read(self, shape: tuple[int, ...], dtype: torch.dtype, begin: int) -> Tensor:
-        whole = torch.empty(shape, dtype=dtype)
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(begin)
-            self._fill(file, whole)
-        return whole
-
-    def _pieces(self, shape: tuple[int, ...], dtype: torch.dtype, begin: int) -> Iterator[Tensor]:
-        n_values, step = math.prod(shape), PIECE_BYTES // dtype.itemsize
-        buffer = torch.empty(min(step, n_values), dtype=dtype)
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(begin)
-            for done in range(0, n_values, step):
-                piece = buffer[: min(step, n_values - done)]
-                self._fill(file, piece)
-                yield piece
-
-    def _fill(self, file: Any, tensor: Tensor) -> None:
-        if not tensor.numel():
-            return
-        rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-        while len(rest):
-            n_read = file.readinto(rest)
-            if not n_read:
-                raise damaged(self.path, "it became shorter while it was read")
-            rest = rest[n_read:]
 
 
 def sharded(tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> list[dict[str, LazyTensor]]:

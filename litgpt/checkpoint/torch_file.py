@@ -3,10 +3,9 @@
 Every file of a checkpoint is untrusted, also optimizer and random state.
 """
 
-import functools
-import math
+import contextlib
+import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from litgpt.checkpoint.atomic import atomic_file
 from litgpt.checkpoint.crc import ZIP_MAGIC, SummingFile, seal_zip, zip_records
 from litgpt.checkpoint.folders import damaged, existing_file
-from litgpt.checkpoint.lazy import LazyTensor, gather, mapped_pieces
+from litgpt.checkpoint.lazy import LazyTensor, on_disk
 
 
 def load_torch(path: Path | str) -> Any:
@@ -58,8 +57,8 @@ def load_model_part(path: Path | str) -> dict[str, Tensor]:
 def open_torch(path: Path | str) -> dict[str, LazyTensor]:
     """The tensors of a torch file by name, flat in it or under `model`, unread; tied names share one object."""
     path = existing_file(path)
-    weights, reader = load_model_part(path), _Reader(path)
-    is_mapped, limit = _is_zip(path), path.stat().st_size
+    weights, limit = load_model_part(path), path.stat().st_size
+    mappings = _mappings_of(path) if _is_zip(path) else []
     tensors: dict[str, LazyTensor] = {}
     seen: dict[tuple, LazyTensor] = {}
     for name, tensor in weights.items():
@@ -67,58 +66,32 @@ def open_torch(path: Path | str) -> dict[str, LazyTensor]:
             raise ValueError(f"{path} is refused: `{name}` is sparse or quantized, only plain tensors can be read")
         if tensor.device.type != "cpu" or tensor.numel() * tensor.element_size() > limit:
             raise damaged(path, f"`{name}` of {list(tensor.shape)} is larger than the file")
-        key = (
-            tensor.untyped_storage().data_ptr(),
-            tensor.storage_offset(),
-            tensor.shape,
-            tensor.stride(),
-            tensor.dtype,
-        )
-        if not is_mapped or not tensor.numel():
-            lazy = LazyTensor.of(tensor)
-        else:
-            is_plain = tensor.is_contiguous()
-            lazy = LazyTensor(
-                tuple(tensor.shape),
-                tensor.dtype,
-                read=functools.partial(reader.read, name),
-                view=functools.partial(tensor.detach),
-                pieces=functools.partial(reader.pieces, name) if is_plain else None,
-                cut=functools.partial(reader.cut, name, tensor.detach()) if is_plain else None,
-            )
-        tensors[name] = seen.setdefault(key, lazy) if tensor.numel() else lazy
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if not tensor.numel() or key not in seen:
+            seen[key] = _lazily(path, tensor.detach(), mappings)
+        tensors[name] = seen[key]
     return tensors
 
 
-class _Reader:
-    """A second mapping of a file, which nobody else holds: its pages can be given back after each copy."""
+def _lazily(path: Path, tensor: Tensor, mappings: list[tuple[int, int, int]]) -> LazyTensor:
+    begin = tensor.data_ptr()
+    end = begin + tensor.numel() * tensor.element_size()
+    for first, last, offset in mappings:
+        if first <= begin and end <= last and tensor.is_contiguous() and tensor.numel():
+            return on_disk(path, tuple(tensor.shape), tensor.dtype, offset + begin - first, view=lambda: tensor)
+    return LazyTensor.of(tensor)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    @functools.cached_property
-    def _tensors(self) -> dict[str, Tensor]:
-        return load_model_part(self.path)
-
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        return mapped_pieces(self._tensors[name])
-
-    def cut(self, name: str, tensor: Tensor, begin: int, shape: tuple[int, ...]) -> LazyTensor:
-        span = slice(begin, begin + math.prod(shape))
-
-        def pieces() -> Iterator[Tensor]:
-            return mapped_pieces(self._tensors[name].view(-1)[span])
-
-        def read() -> Tensor:
-            return gather(pieces(), shape, tensor.dtype)
-
-        return LazyTensor(shape, tensor.dtype, read, view=lambda: tensor.view(-1)[span].view(shape), pieces=pieces)
-
-    def read(self, name: str) -> Tensor:
-        tensor = self._tensors[name]
-        if not tensor.is_contiguous():
-            return tensor.clone(memory_format=torch.contiguous_format)
-        return gather(self.pieces(name), tuple(tensor.shape), tensor.dtype)
+def _mappings_of(path: Path) -> list[tuple[int, int, int]]:
+    """Where the file is mapped: first and last address, and offset in the file. Nothing where Linux does not say it."""
+    found, wanted = [], os.path.realpath(path)
+    with contextlib.suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+        for line in maps:
+            address, _, offset, _, _, *name = line.rstrip("\n").split(maxsplit=5)
+            if name == [wanted]:
+                first, last = (int(number, 16) for number in address.split("-"))
+                found.append((first, last, int(offset, 16)))
+    return found
 
 
 def save_torch(obj: Any, path: Path | str) -> None:
