@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from litgpt.api import LLM
     from litgpt.checkpoint.io import CheckpointValidationResult, validate_checkpoint
     from litgpt.config import Config
     from litgpt.model import GPT, MLP, Block, CausalSelfAttention, GptNeoxMLP, LLaMAMLP
@@ -39,6 +40,7 @@ _MODULE_OF = {
 
 __all__ = [
     "GPT",
+    "LLM",
     "MLP",
     "Block",
     "CausalSelfAttention",
