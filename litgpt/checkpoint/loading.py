@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from litgpt.checkpoint.adapter import StateDictAdapter, find_model_type, is_hf_names
 from litgpt.checkpoint.folders import some
+from litgpt.checkpoint.hf_config import read_hf_config
 from litgpt.checkpoint.tensors import LazyTensor, open_weights
 from litgpt.config import Config
 
@@ -30,7 +32,19 @@ def open_model_weights(
         ValueError: A tensor that such a model does not have, or one that is missing.
     """
     tensors = open_weights(dir_or_file)
-    return tensors
+    return _in_our_names(tensors, Path(dir_or_file), config, hf_values) if is_hf_names(tensors) else tensors
+
+
+def _in_our_names(
+    tensors: dict[str, LazyTensor], path: Path, config: Config, hf_values: dict[str, Any] | None = None
+) -> dict[str, LazyTensor]:
+    folder = path if path.is_dir() else path.parent
+    if hf_values is None and (folder / "config.json").is_file():
+        hf_values = read_hf_config(folder)
+    try:
+        return StateDictAdapter(config, find_model_type(config, hf_values, tensors)).from_hf(tensors)
+    except ValueError as error:
+        raise ValueError(f"the weights in {path} do not fit the model: {error}") from None
 
 
 def load_weights(dir_or_file: Path | str) -> dict[str, Tensor]:
@@ -129,8 +143,11 @@ def load_model_weights(
 
 
 def _open_for(model: nn.Module, dir_or_file: Path | str) -> dict[str, LazyTensor]:
-    config = getattr(model, "config", None)
-    return open_model_weights(dir_or_file, config) if isinstance(config, Config) else open_weights(dir_or_file)
+    tensors, config = open_weights(dir_or_file), getattr(model, "config", None)
+    is_own = tensors.keys() <= model.state_dict().keys()  # a model that is no GPT may use the same names
+    if is_own or not isinstance(config, Config) or not is_hf_names(tensors):
+        return tensors
+    return _in_our_names(tensors, Path(dir_or_file), config)
 
 
 def _load_in_place(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> tuple[list[str], list[str]]:

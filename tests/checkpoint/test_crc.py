@@ -14,9 +14,11 @@ WEIGHTS = {"a": torch.randn(300, 100), "b": torch.arange(7), "c": torch.randn(3)
 
 
 def flip(path, place, bit):
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1 << bit
-    path.write_bytes(content)
+    with open(path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0] ^ 1 << bit
+        file.seek(place)
+        file.write(bytes([byte]))
 
 
 def write(kind, folder):
