@@ -110,7 +110,7 @@ class StateDictAdapter:
         ours = dict(tensors)
         for name in [name for name in tensors if ".attn.attn." in name]:
             ours[name.replace(".attn.attn.", ".attn.qkv.")] = order_heads(ours.pop(name), *heads, grouped=False)
-        self._check_names(ours, self.shapes, self._wanted(), self.shapes)
+        self._check_names(ours, self.shapes, self._wanted())
         _check_shapes(ours, self.shapes, self.config)
         if self.optional & ours.keys() and ours[HEAD] is not ours[EMBEDDING]:
             complaint = (
@@ -154,8 +154,8 @@ class StateDictAdapter:
                 left_out[skip.notice] += 1
             else:
                 unknown.append(name)
-        needed = {n for name in self._wanted() for n in self.sources[name].names}
-        self._check_names([*found, *unknown], known, needed, tensors)
+        needed = [n for name in self._wanted() for n in self.sources[name].names]
+        self._check_names(dict.fromkeys([*found, *unknown]), known, needed, tensors)
         for notice in filter(None, left_out):
             warnings.warn(f"{left_out[notice]} tensors of the weights are left out: {notice}", stacklevel=3)
         return found
@@ -168,11 +168,11 @@ class StateDictAdapter:
             yield reduce(lambda said, pair: re.sub(*pair, said), self.table.spellings, spelling)
 
     def _check_names(
-        self, given: Collection[str], known: Collection[str], needed: Collection[str], names: Collection[str]
+        self, given: Collection[str], known: Collection[str], needed: Collection[str], names: Collection[str] = ()
     ) -> None:
-        """One error for all that is unknown and missing; `names` are those of the file, if it is one."""
+        """One error for all that is unknown and missing; `names` are those of the file, where they may tell more."""
         unknown = [name for name in given if name not in known]
-        missing = [name for name in needed if name not in given]
+        missing = [name for name in dict.fromkeys(needed) if name not in given]
         if not unknown and not missing:
             return
         patterns = {NUMBER.sub("{}", name): name for name in known}

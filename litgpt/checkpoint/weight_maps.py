@@ -288,9 +288,10 @@ def known_type(model_type: object) -> str:
     """The key of `WEIGHT_MAPS` for a model type in config.json; unknown ones are errors."""
     model_type = OTHER_TYPES.get(str(model_type), str(model_type))
     if model_type not in WEIGHT_MAPS:
-        near = nearest(model_type, WEIGHT_MAPS)
-        hint = f"; did you mean {' or '.join(near)}?" if near else f"; known are {', '.join(sorted(WEIGHT_MAPS))}"
-        raise ValueError(f"model_type is {model_type[:60]!r}, whose weight names are not known{hint}")
+        near = ", ".join(nearest(model_type, WEIGHT_MAPS) or sorted(WEIGHT_MAPS))
+        raise ValueError(
+            f"no table of weight names for model_type {model_type[:60]!r}; the nearest that has one: {near}"
+        )
     return model_type
 
 
