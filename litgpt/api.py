@@ -28,6 +28,7 @@ from litgpt.tokenizer import MissingTokenizerError, Tokenizer
 
 _CACHE_STEP_TOKENS = 256
 """A KV cache grows in such steps, so that a slightly longer prompt finds it large enough."""
+_NO_MODEL = "there is no model yet: call .distribute() or .trainer_setup() first"
 _MORE_FILES = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -260,7 +261,8 @@ class LLM(nn.Module):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the preprocessor."""
         if self.preprocessor is None:
-            raise AttributeError(f"{self.checkpoint_dir} holds no tokenizer: load the model with tokenizer_dir=FOLDER")
+            # no AttributeError: nn.Module would replace its message
+            raise MissingTokenizerError(f"{self.checkpoint_dir} holds no tokenizer: load it with tokenizer_dir=FOLDER")
         return self.preprocessor.tokenizer
 
     @property
@@ -275,11 +277,13 @@ class LLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(self._need_model().parameters()).device
+        if self.model is None:
+            raise RuntimeError(_NO_MODEL)
+        return next(self.model.parameters()).device
 
     def _need_model(self) -> nn.Module:
         if self.model is None:
-            raise AttributeError("there is no model yet: call .distribute() or .trainer_setup() first")
+            raise AttributeError(_NO_MODEL)
         return self.model
 
     # ---------------------------------------------------------------- use
