@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn as nn
 import yaml
 
+from litgpt.checkpoint.hf_config import config_from_hf, read_hf_config
 from litgpt.config import Config, name_to_config, nearest
 from litgpt.extension import import_class, load_extension
 from litgpt.model import GPT
@@ -140,8 +141,13 @@ def model_names() -> list[str]:
 
 
 def load_checkpoint_config(checkpoint_dir: str | Path) -> tuple[ModelSpec, Config]:
-    """The model of a checkpoint folder, by the `model_type` in its model_config.yaml. Runs no code from that folder."""
+    """The model of a checkpoint folder, by its model_config.yaml, or config.json in a Hugging Face folder.
+
+    Runs no code from that folder.
+    """
     path = Path(checkpoint_dir) / "model_config.yaml"
+    if not path.is_file() and path.with_name("config.json").is_file():
+        return _models["gpt"], config_from_hf(read_hf_config(checkpoint_dir), Path(checkpoint_dir).name)
     values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     name = values.get("model_type", "gpt") if isinstance(values, dict) else "gpt"
     if name not in _models:
