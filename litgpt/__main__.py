@@ -39,10 +39,16 @@ COMMANDS = {
     "Checkpoints": {
         "models": ("litgpt.scripts.models:setup", "list the models that are known by name"),
         "plan": ("", "parameters, FLOPs and memory of a run before it starts"),
-        "validate": ("", "check a checkpoint folder"),
+        "validate": ("litgpt.scripts.validate:validate_setup", "check a checkpoint folder"),
         "merge_lora": ("", "merge LoRA weights into the base model"),
-        "convert_to_litgpt": ("", "convert Hugging Face weights to litgpt"),
-        "convert_from_litgpt": ("", "convert litgpt weights to Hugging Face"),
+        "convert_to_litgpt": (
+            "litgpt.scripts.convert_hf_checkpoint:convert_hf_checkpoint",
+            "convert Hugging Face weights to litgpt",
+        ),
+        "convert_from_litgpt": (
+            "litgpt.scripts.convert_lit_checkpoint:convert_lit_checkpoint",
+            "convert a checkpoint to Hugging Face or GGUF",
+        ),
         "convert_pretrained_checkpoint": (
             "litgpt.scripts.convert_pretrained_checkpoint:convert_pretrained_checkpoint",
             "strip a pretraining checkpoint down to its weights",

@@ -1,0 +1,160 @@
+"""The command `litgpt convert_to_litgpt`, and the published functions of this module."""
+
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from litgpt.checkpoint.atomic import atomic_file, remove_leftovers
+from litgpt.checkpoint.crc import CHECKSUMS_NAME, check_crc
+from litgpt.checkpoint.folders import WEIGHTS_NAME, existing_folder, find_weights_file
+from litgpt.checkpoint.hf_config import config_from_hf, read_hf_config
+from litgpt.checkpoint.loading import check_fit, open_model_weights
+from litgpt.checkpoint.tensors import LazyTensor, files_of, write_torch
+from litgpt.config import Config, save_config
+from litgpt.registry import ModelSpec, build_model, get_model_spec, load_checkpoint_config
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
+
+
+def convert_hf_checkpoint(
+    checkpoint_dir: Path,
+    *,
+    model_name: str | None = None,
+    dtype: str | None = None,
+    debug_mode: bool = False,
+    delete_source: bool = False,
+) -> None:
+    """Write the Hugging Face weights of a folder as lit_model.pth beside them, with a model_config.yaml.
+
+    No command needs this: all of them read a Hugging Face folder in place. It serves scripts that look for
+    lit_model.pth, and weights that should be kept in another dtype.
+
+    Args:
+        checkpoint_dir: Folder with config.json and *.safetensors or pytorch_model*.bin. checkpoints/NAME may be given
+            as NAME.
+        model_name: Named config to go by where config.json alone does not say enough. Without it: config.json, or the
+            name of the folder.
+        dtype: float32, float16, bfloat16 or float64 to cast to; without it the weights stay as they are.
+        debug_mode: Print each tensor instead of a progress bar.
+        delete_source: Remove the Hugging Face weight files once the new file is on the disk and was read back and
+            compared with its checksums. Without it both copies stay.
+    """
+    folder = existing_folder(checkpoint_dir)
+    if dtype is not None and dtype.removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not known: choose {', '.join(DTYPES)}")
+    remove_leftovers(folder)
+    target = folder / WEIGHTS_NAME
+    spec, config = _find_config(folder, model_name)
+    try:
+        source = find_weights_file(folder, but=WEIGHTS_NAME)
+        tensors = open_model_weights(source, config)
+    except FileNotFoundError:
+        if not (delete_source and target.is_file()):
+            raise
+        _finish_deletion(folder, spec, config)
+        return
+    if dtype is not None:
+        tensors = _cast(tensors, DTYPES[dtype.removeprefix("torch.")])
+    check_fit(_on_meta(spec, config), tensors, source)
+    with atomic_file(folder / "model_config.yaml") as file:
+        file.write(_yaml(config))
+    n_bytes = sum({id(tensor): tensor.n_bytes for tensor in tensors.values()}.values())
+    show_bar = sys.stderr.isatty() and not debug_mode
+    with tqdm(total=n_bytes, unit="B", unit_scale=True, desc=WEIGHTS_NAME, disable=not show_bar) as bar:
+        write_torch(target, _watched(tensors, bar, debug_mode))
+    print(f"{target}: {len(tensors)} tensors, {target.stat().st_size / 1e6:,.1f} MB")
+    if delete_source:
+        check_crc(target)
+        _delete(files_of(source))
+
+
+def _find_config(folder: Path, model_name: str | None) -> tuple[ModelSpec, Config]:
+    if model_name is None:
+        return load_checkpoint_config(folder)
+    if (folder / "config.json").is_file():
+        return get_model_spec("gpt"), config_from_hf(read_hf_config(folder), model_name)
+    return get_model_spec("gpt"), Config.from_name(model_name)
+
+
+def _on_meta(spec: ModelSpec, config: Config) -> torch.nn.Module:
+    with torch.device("meta"):
+        return build_model(spec, config)
+
+
+def _finish_deletion(folder: Path, spec: ModelSpec, config: Config) -> None:
+    """Go on where a run was ended between its last two steps: the new file is there, a part of the old ones is not."""
+    target = folder / WEIGHTS_NAME
+    check_crc(target)
+    check_fit(_on_meta(spec, config), open_model_weights(target, config), target)
+    _delete([path for path in folder.iterdir() if re.fullmatch(r"(model|pytorch_model)-\d+-of-\d+\.\w+", path.name)])
+    print(f"{target} is whole; what was left of its source is removed")
+
+
+def _delete(files: list[Path]) -> None:
+    for path in (*files, files[0].with_name(CHECKSUMS_NAME)) if files else ():
+        path.unlink(missing_ok=True)
+
+
+def _cast(tensors: dict[str, LazyTensor], dtype: torch.dtype) -> dict[str, LazyTensor]:
+    cast = {id(t): t.to(dtype) if t.dtype.is_floating_point else t for t in tensors.values()}  # tied ones stay one
+    return {name: cast[id(tensor)] for name, tensor in tensors.items()}
+
+
+def _watched(tensors: dict[str, LazyTensor], bar: tqdm, is_verbose: bool) -> dict[str, LazyTensor]:
+    """The same tensors, which report how far they are read."""
+
+    def pieces(name: str, tensor: LazyTensor) -> Iterator[Tensor]:
+        if is_verbose:
+            print(f"{name}: {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+        for piece in tensor.iter_pieces():
+            yield piece
+            bar.update(piece.numel() * piece.element_size())
+
+    watched = {id(t): replace(t, pieces=partial(pieces, name, t)) for name, t in reversed(tensors.items())}
+    return {name: watched[id(tensor)] for name, tensor in tensors.items()}
+
+
+def _yaml(config: Config) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        save_config(config, folder)
+        return Path(folder, "model_config.yaml").read_bytes()
+
+
+def qkv_reassemble(param: Tensor | LazyTensor, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value rows of a projection that is stored group by group, as GPT-NeoX and Falcon do.
+
+    Args:
+        param: `((nh + 2G) hs, ...)`, weight or bias.
+        config: Of the model.
+    """
+    values = load_param(param, "", None)
+    n_heads_each = config.n_head // config.n_query_groups
+    grouped = values.unflatten(0, (config.n_query_groups, n_heads_each + 2, -1))  # (G, nh / G + 2, hs, ...)
+    q, k, v = (part.flatten(0, 2) for part in grouped.split((n_heads_each, 1, 1), dim=1))
+    return q, k, v
+
+
+def layer_template(layer_name: str, num_matches: int = 1) -> tuple[str, int]:
+    """`("model.layers.{}.mlp.weight", 3)` for `model.layers.3.mlp.weight`; with more matches, more numbers.
+
+    A name without numbers gives the name and -1.
+    """
+    numbers = [int(number) for number in re.findall(r"(?<=\.)\d+(?=\.|$)", layer_name)[:num_matches]]
+    template = re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", layer_name, count=num_matches)
+    return (template, *(numbers or [-1]))  # type: ignore[return-value]
+
+
+def load_param(param: Tensor | LazyTensor, name: str, dtype: torch.dtype | None, verbose: bool = False) -> Tensor:
+    """The values of `param`, read if they are still on disk, and cast."""
+    if verbose:
+        print(f"Loading {name}")
+    values = param.read() if isinstance(param, LazyTensor) else param
+    return values if dtype is None else values.to(dtype)
