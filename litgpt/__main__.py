@@ -45,10 +45,7 @@ COMMANDS = {
             "litgpt.scripts.convert_hf_checkpoint:convert_hf_checkpoint",
             "convert Hugging Face weights to litgpt",
         ),
-        "convert_from_litgpt": (
-            "litgpt.scripts.convert_lit_checkpoint:convert_lit_checkpoint",
-            "convert a checkpoint to Hugging Face or GGUF",
-        ),
+        "convert_from_litgpt": ("litgpt.scripts.convert_lit_checkpoint:convert_lit_checkpoint", "to HF format or GGUF"),
         "convert_pretrained_checkpoint": (
             "litgpt.scripts.convert_pretrained_checkpoint:convert_pretrained_checkpoint",
             "strip a pretraining checkpoint down to its weights",
