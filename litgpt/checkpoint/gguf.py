@@ -7,14 +7,17 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from litgpt.checkpoint.atomic import atomic_file
+from litgpt.checkpoint.atomic import atomic_file, check_disk_space
 from litgpt.checkpoint.gguf_tokenizer import tokenizer_metadata
+from litgpt.checkpoint.layouts import join
 from litgpt.checkpoint.lazy import LazyTensor
 from litgpt.config import Config, rope_kind
 from litgpt.model import rope_frequencies
@@ -125,6 +128,7 @@ def write_gguf(
     path = Path(path)
     kinds = {name: _kind(name, tensor.shape, gguf_type) for name, tensor in tensors.items()}
     sizes = {name: _n_bytes(tensor.shape, kinds[name]) for name, tensor in tensors.items()}
+    check_disk_space(path, sum(sizes.values()))
     with atomic_file(path, sum(sizes.values())) as file:
         writer = gguf.GGUFWriter(file.name, architecture.name)
         for key, value in metadata.items():
@@ -299,10 +303,10 @@ def gguf_tensors(
             if architecture.fused:
                 out[f"{theirs}.attn_qkv.{kind}"] = qkv
                 continue
-            order = _pair_rows if architecture.pairs else None
-            out[f"{theirs}.attn_q.{kind}"] = _rows(qkv, 0, n_q, order, nh)
-            out[f"{theirs}.attn_k.{kind}"] = _rows(qkv, n_q, n_q + n_kv, order, G)
-            out[f"{theirs}.attn_v.{kind}"] = _rows(qkv, n_q + n_kv, n_q + 2 * n_kv)
+            q, k, v = (qkv.span(i * prod(width), (n, *width)) for i, n in ((0, n_q), (n_q, n_kv), (n_q + n_kv, n_kv)))
+            if architecture.pairs:
+                q, k = (_changed(rows, partial(_pair_rows, n_head=n)) for rows, n in ((q, nh), (k, G)))
+            out |= {f"{theirs}.attn_{name}.{kind}": rows for name, rows in (("q", q), ("k", k), ("v", v))}
         if c.norm_qk:
             out[f"{theirs}.attn_q_norm.weight"] = norm(f"{ours}.attn.norm_q", hs)
             out[f"{theirs}.attn_k_norm.weight"] = norm(f"{ours}.attn.norm_k", hs)
@@ -312,7 +316,7 @@ def gguf_tensors(
         out[f"{theirs}.ffn_norm.weight"] = norm(f"{ours}.norm_2")
         gate, up = (take(f"{ours}.mlp.{fc}.weight", c.intermediate_size, C) for fc in ("fc_1", "fc_2"))
         if architecture.fused:
-            out[f"{theirs}.ffn_up.weight"] = _stacked(gate, up)
+            out[f"{theirs}.ffn_up.weight"] = join([gate, up])
         else:
             out[f"{theirs}.ffn_gate.weight"], out[f"{theirs}.ffn_up.weight"] = gate, up
         out[f"{theirs}.ffn_down.weight"] = take(f"{ours}.mlp.proj.weight", C, c.intermediate_size)
@@ -323,29 +327,14 @@ def gguf_tensors(
     return out
 
 
-def _changed(tensor: LazyTensor, change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> LazyTensor:
-    return LazyTensor(tensor.shape, dtype, lambda: change(tensor.read()))
-
-
-def _rows(
-    tensor: LazyTensor, begin: int, end: int, order: Callable[[Tensor, int], Tensor] | None = None, n_head: int = 1
-) -> LazyTensor:
-    def read() -> Tensor:
-        rows = (tensor.view or tensor.read)()[begin:end]
-        return rows.clone() if order is None else order(rows, n_head)
-
-    return LazyTensor((end - begin, *tensor.shape[1:]), tensor.dtype, read)
+def _changed(tensor: LazyTensor, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> LazyTensor:
+    return LazyTensor(tensor.shape, dtype or tensor.dtype, lambda: change(tensor.read()))
 
 
 def _pair_rows(rows: Tensor, n_head: int) -> Tensor:
     """Rows `(n_head * hs, ...)` so that those which are rotated together, half a head apart, become neighbours."""
     halves = rows.unflatten(0, (n_head, 2, -1))  # (n_head, 2, hs / 2, ...)
     return halves.transpose(1, 2).flatten(0, 2)
-
-
-def _stacked(upper: LazyTensor, lower: LazyTensor) -> LazyTensor:
-    shape = (upper.shape[0] + lower.shape[0], *upper.shape[1:])
-    return LazyTensor(shape, upper.dtype, lambda: torch.cat((upper.read(), lower.read())))
 
 
 def _kind(name: str, shape: tuple[int, ...], gguf_type: GGUFType) -> str:
@@ -355,7 +344,7 @@ def _kind(name: str, shape: tuple[int, ...], gguf_type: GGUFType) -> str:
 
 
 def _n_bytes(shape: tuple[int, ...], kind: str) -> int:
-    n = torch.Size(shape).numel()
+    n = prod(shape)
     return n // _BLOCK * (_BLOCK + 2) if kind == "q8_0" else n * (4 if kind == "f32" else 2)
 
 
