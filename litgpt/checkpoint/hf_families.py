@@ -107,7 +107,7 @@ FAMILIES: dict[str, Family] = {
         vocab_size=65024, hidden_size=4544, ffn_hidden_size=None, num_hidden_layers=32, num_attention_heads=71,
         num_kv_heads=None, max_position_embeddings=2048, layer_norm_epsilon=1e-5, activation="gelu", bias=False,
         tie_word_embeddings=True, rope_theta=10000.0, new_decoder_architecture=False, multi_query=True,
-        parallel_attn=True, num_ln_in_parallel_attn=None), {}, dict(alibi=(False,))),
+        num_ln_in_parallel_attn=None), {}, dict(alibi=(False,), parallel_attn=(True,))),
     "gpt_neox": Family("GPTNeoXForCausalLM", PythiaConfig, _without(_keys(
         50432, 6144, 24576, 44, 64, None, 2048, **_LN, hidden_act="gelu", use_parallel_residual=True,
         rotary_emb_base=10000.0, rotary_pct=0.25), "num_key_value_heads", "head_dim", "rope_theta"), {},

@@ -81,31 +81,28 @@ def write_attention(config: Config, family: Family) -> dict[str, Any]:
 
 
 def read_block(hf: dict[str, Any], own: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    if "use_parallel_residual" in hf and "use_qkv_bias" in hf:  # StableLM
+    """Which norms a block with parallel residuals has, and the sizes that Falcon derives."""
+    if "use_qkv_bias" in hf:
         return {"shared_attention_norm": hf["use_parallel_residual"]}
     if "new_decoder_architecture" not in hf:
         return {}
     is_new, n_norms = hf["new_decoder_architecture"], hf["num_ln_in_parallel_attn"]
-    groups = hf["num_kv_heads"] or own["n_head"]
-    if (is_new and not hf["parallel_attn"]) or (not is_new and hf["parallel_attn"] and n_norms == 2):
-        raise Lacking(f"new_decoder_architecture {is_new} with parallel_attn {hf['parallel_attn']} and {n_norms} norms")
-    return {
-        "n_query_groups": groups if is_new else 1 if hf["multi_query"] else own["n_head"],
-        "parallel_residual": hf["parallel_attn"],
-        "shared_attention_norm": hf["parallel_attn"] and (not is_new or n_norms == 1),
-        "intermediate_size": hf["ffn_hidden_size"] or 4 * own["n_embd"],
-    }
+    if not is_new and n_norms == 2:
+        raise Lacking("num_ln_in_parallel_attn 2 without new_decoder_architecture")
+    groups = (hf["num_kv_heads"] or own["n_head"]) if is_new else 1 if hf["multi_query"] else own["n_head"]
+    inner = hf["ffn_hidden_size"] or 4 * own["n_embd"]
+    shared = not is_new or n_norms == 1
+    return {"n_query_groups": groups, "shared_attention_norm": shared, "intermediate_size": inner}
 
 
 def write_block(config: Config, family: Family) -> dict[str, Any]:
     shared, groups = config.shared_attention_norm, config.n_query_groups
-    is_new = config.parallel_residual and (not shared or groups not in (1, config.n_head))
+    is_new = not shared or groups not in (1, config.n_head)
     return {
         "new_decoder_architecture": is_new,
         "num_ln_in_parallel_attn": (1 if shared else 2) if is_new else None,
         "num_kv_heads": groups if is_new else config.n_head,
-        "multi_query": groups == 1,
-        "parallel_attn": config.parallel_residual,
+        "multi_query": is_new or groups == 1,
     }
 
 
