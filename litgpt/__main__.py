@@ -12,7 +12,11 @@ from litgpt.parameters import UsageError, did_you_mean
 
 COMMANDS = {
     "Data and tokenizer": {
-        "download": ("", "download weights or a tokenizer from the Hugging Face hub"),
+        "download": (
+            "litgpt.scripts.download:download_from_hub",
+            "download weights or a tokenizer from the Hugging Face hub",
+        ),
+        "upload": ("litgpt.scripts.upload:setup", "upload a model to the Hugging Face hub"),
         "train_tokenizer": ("litgpt.scripts.train_tokenizer:setup", "train a byte-level BPE tokenizer on your text"),
     },
     "Train": {
