@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from litgpt.config import Config
     from litgpt.model import GPT, MLP, Block, CausalSelfAttention, GptNeoxMLP, LLaMAMLP
     from litgpt.objective import NextToken, Objective
+    from litgpt.plan import estimate_model_memory
     from litgpt.prompts import PromptStyle
     from litgpt.registry import ModelSpec, register_data, register_model, register_objective
     from litgpt.tokenizer import Tokenizer
@@ -53,6 +54,7 @@ __all__ = [
     "Objective",
     "PromptStyle",
     "Tokenizer",
+    "estimate_model_memory",
     "register_data",
     "register_model",
     "register_objective",

@@ -42,7 +42,7 @@ COMMANDS = {
     },
     "Checkpoints": {
         "models": ("litgpt.scripts.models:setup", "list the models that are known by name"),
-        "plan": ("", "parameters, FLOPs and memory of a run before it starts"),
+        "plan": ("litgpt.scripts.plan:setup", "parameters, FLOPs and memory of a run before it starts"),
         "validate": ("litgpt.scripts.validate:validate_setup", "check a checkpoint folder"),
         "merge_lora": ("", "merge LoRA weights into the base model"),
         "convert_to_litgpt": (

@@ -95,6 +95,15 @@ class RunSettings:
         precision = self.precision or ("bf16-mixed" if self.trains and not self.is_quantized else "bf16-true")
         return precision.replace("-mixed", "-true") if self.is_quantized else precision
 
+    def length(self, config: Config) -> int:
+        """Tokens of a sequence; ValueError where the model's context is shorter."""
+        length = self.seq_length or min(config.block_size, 4096)
+        if length > config.block_size:
+            raise ValueError(
+                f"--seq_length is {length}; the context of {config.name or 'the model'} has {config.block_size} tokens"
+            )
+        return length
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -168,12 +177,7 @@ def plan_run(config: Config, settings: RunSettings, n_parameters: int | None = N
     Raises:
         ValueError: The sequence is longer than the model's context.
     """
-    seq_length, devices = settings.seq_length or min(config.block_size, 4096), settings.devices
-    if seq_length > config.block_size:
-        raise ValueError(
-            f"--seq_length is {seq_length}; the context of {config.name or 'the model'} (block_size) is "
-            f"{config.block_size}"
-        )
+    seq_length, devices = settings.length(config), settings.devices
     setting = _setting(settings, seq_length)
     shapes = list(model_weights(config, setting))
     scale = n_parameters / count_parameters(config).total if n_parameters else 1
@@ -299,7 +303,7 @@ def rank_knobs(config: Config, settings: RunSettings, n_parameters: int | None =
 def _changes(config: Config, s: RunSettings) -> Iterator[tuple[str, RunSettings]]:
     if s.batch_size > 1:
         yield f"--batch_size {s.batch_size // 2}", replace(s, batch_size=s.batch_size // 2)
-    length = s.seq_length or min(config.block_size, 4096)
+    length = s.length(config)
     if length > 128:
         yield f"--seq_length {length // 2}", replace(s, seq_length=length // 2)
     if s.resolved_precision not in ("bf16-true", "16-true"):

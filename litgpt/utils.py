@@ -12,6 +12,8 @@ _MODULE_OF = {
     "choose_logger": "loggers",
     "chunked_cross_entropy": "losses",
     "copy_config_files": "checkpoint.folders",
+    "estimate_flops": "plan",
+    "estimate_model_memory": "plan",
     "extend_checkpoint_dir": "checkpoint.folders",
     "find_multiple": "config",
     "find_resume_path": "checkpoint.folders",

@@ -1,11 +1,12 @@
-"""`litgpt models`: the models that are known by name."""
+"""`litgpt models`: the models that are known by name. Nothing is built, and torch is not imported."""
 
 import json
+import sys
 import warnings
 from dataclasses import asdict, dataclass
 
-from litgpt.config import Config
-from litgpt.registry import get_model_spec, model_names, resolve_model
+from litgpt.config import Config, name_to_config, rope_kind
+from litgpt.plan import count_parameters
 
 
 @dataclass
@@ -19,77 +20,65 @@ class ModelRow:
     """Longest context in tokens."""
     parameters: int | None
     """Number of weights; unknown for a model that an extension builds."""
+    active_parameters: int | None
+    """Weights that one token passes through: fewer where experts take turns."""
+    features: list[str]
+    """What its architecture has beside plain attention and one MLP."""
 
 
 def setup(filter: str | None = None, *, json: bool = False) -> None:
     """List the models that `litgpt pretrain NAME` and `Config.from_name(NAME)` know, and those of loaded extensions.
 
     Args:
-        filter: Show only models that have all these words in their names.
+        filter: Show only models that have each of these words in their name, or as one of their features.
         json: Print a JSON list instead of a table.
     """
     words = (filter or "").lower().split()
-    rows = [row for row in find_models() if all(w in f"{row.name} {row.hf}".lower() for w in words)]
+    rows = [r for r in find_models() if all(w in f"{r.name} {r.hf}".lower() or w in r.features for w in words)]
     if not rows:
-        raise ValueError(f"no model has {filter!r} in its name; `litgpt models` shows all.")
+        raise ValueError(f"no model has {filter!r} in its name or as a feature; `litgpt models` shows all.")
     print(_as_json(rows) if json else _as_table(rows))
 
 
 def find_models() -> list[ModelRow]:
     """A row for each model, in the order of the table in `config.py`."""
-    rows = []
-    for name in model_names():
-        with warnings.catch_warnings():  # advice about the use of a model is of no interest in a list
-            warnings.simplefilter("ignore")
-            spec, config = resolve_model(name)
-        is_ours = spec is get_model_spec("gpt")
-        hub = "/".join(config.hf_config[k] for k in ("org", "name") if config.hf_config.get(k))
-        rows.append(ModelRow(name, hub, config.block_size, count_parameters(config) if is_ours else None))
+    with warnings.catch_warnings():  # advice about the use of a model is of no interest in a list
+        warnings.simplefilter("ignore")
+        rows = [_row(name, Config.from_name(name), is_ours=True) for name in name_to_config]
+        # An extension can be loaded only through the registry. Importing it would import torch.
+        if registry := sys.modules.get("litgpt.registry"):
+            for name in registry.model_names()[len(rows) :]:
+                spec, config = registry.resolve_model(name)
+                rows.append(_row(name, config, is_ours=spec is registry.get_model_spec("gpt")))
     return rows
 
 
-def count_parameters(config: Config) -> int:
-    """Number of weights of the `GPT` that `config` describes, by arithmetic: nothing is built."""
-    c, C = config, config.n_embd
-    norm = 0 if not c.norm_affine else C if c.norm_class_name == "RMSNorm" else 2 * C
-    head = C * c.padded_vocab_size * (not c.tie_embeddings) + c.padded_vocab_size * c.lm_head_bias
-    n_norms = c.norm_1 + (c.norm_2 and not c.shared_attention_norm) + c.post_attention_norm + c.post_mlp_norm
-    n_dense = c.n_layer if c.mlp_class_name != "LLaMAMoE" else min(c.first_k_dense_replace or 0, c.n_layer)
-    gated = c.mlp_class_name not in ("GptNeoxMLP", "MLP")
-    blocks = c.n_layer * (_attention(c, norm) + n_norms * norm)
-    blocks += n_dense * _mlp(c, c.intermediate_size, gated) + (c.n_layer - n_dense) * _experts(c)
-    return C * c.padded_vocab_size + head + blocks + norm
+def features(config: Config) -> list[str]:
+    """Short words for what is special about an architecture."""
+    c, groups, rope = config, config.n_query_groups, rope_kind(config.rope_adjustments)
+    found = {
+        "mla": c.latent_attention,
+        "mqa": groups == 1 < c.n_head,
+        "gqa": 1 < groups < c.n_head,
+        "moe": c.mlp_class_name == "LLaMAMoE",
+        "window": c.sliding_window_size,
+        "softcap": c.attention_logit_softcapping or c.final_logit_softcapping,
+        "qk-norm": c.norm_qk,
+        "post-norm": c.post_attention_norm or c.post_mlp_norm,
+        "parallel": c.parallel_residual,
+        "partial-rope": c.rotary_percentage < 1 and not c.latent_attention,
+        "local-rope": c.rope_local_base_freq,
+        "no-rope": c.nope_indices and any(c.nope_indices),
+        {"yarn": "yarn", "longrope": "longrope"}.get(rope, f"{rope}-rope"): rope,
+        "tied": c.tie_embeddings,
+    }
+    return [word for word, is_there in found.items() if is_there]
 
 
-def _linear(n_in: int, n_out: int, bias: bool) -> int:
-    return n_in * n_out + n_out * bias
-
-
-def _attention(c: Config, norm: int) -> int:
-    C, nh, hs, G = c.n_embd, c.n_head, c.head_size, c.n_query_groups
-    if c.latent_attention:
-        rank, keys, values = c.kv_lora_rank, nh * c.qk_head_dim, nh * c.v_head_dim
-        queries = _linear(C, keys, c.bias)
-        if c.q_lora_rank:
-            queries = _linear(C, c.q_lora_rank, c.attn_bias) + c.q_lora_rank + _linear(c.q_lora_rank, keys, c.bias)
-        latent = _linear(C, rank + c.qk_rope_head_dim, c.attn_bias) + rank
-        return (
-            queries + latent + _linear(rank, nh * c.qk_nope_head_dim + values, c.bias) + _linear(values, C, c.attn_bias)
-        )
-    count = _linear(C, (nh + 2 * G) * hs, c.bias or c.attn_bias) + _linear(nh * hs, C, c.bias)
-    if c.norm_qk:
-        count += (norm // C) * ((nh + G) * hs if c.norm_qk_type == "olmo2" else 2 * hs)
-    return count
-
-
-def _mlp(c: Config, width: int, gated: bool = True) -> int:
-    return (1 + gated) * _linear(c.n_embd, width, c.bias) + _linear(width, c.n_embd, c.bias)
-
-
-def _experts(c: Config) -> int:
-    width = c.moe_intermediate_size or c.intermediate_size
-    shared = _mlp(c, width * c.n_shared_expert) if c.n_shared_expert else 0
-    return c.n_expert * (_mlp(c, width) + c.n_embd) + shared
+def _row(name: str, config: Config, is_ours: bool) -> ModelRow:
+    hub = "/".join(config.hf_config[k] for k in ("org", "name") if config.hf_config.get(k))
+    total, active = count_parameters(config) if is_ours else (None, None)
+    return ModelRow(name, hub, config.block_size, total, active, features(config))
 
 
 def _as_json(rows: list[ModelRow]) -> str:
@@ -97,10 +86,15 @@ def _as_json(rows: list[ModelRow]) -> str:
 
 
 def _as_table(rows: list[ModelRow]) -> str:
-    table = [("NAME", "HUGGING FACE", "CONTEXT", "PARAMETERS")]
-    table += [(row.name, row.hf, f"{row.context:,}", _short(row.parameters)) for row in rows]
+    table = [("NAME", "HUGGING FACE", "CONTEXT", "PARAMETERS", "ACTIVE", "FEATURES")]
+    for row in rows:
+        active = _short(row.active_parameters) if row.active_parameters != row.parameters else ""
+        numbers = (f"{row.context:,}", _short(row.parameters), active)
+        table.append((row.name, row.hf, *numbers, " ".join(row.features)))
     width, hub_width = (max(len(line[i]) for line in table) for i in range(2))
-    return "\n".join(f"{a:<{width}}  {b:<{hub_width}}  {c:>10}  {d:>10}".rstrip() for a, b, c, d in table)
+    return "\n".join(
+        f"{a:<{width}}  {b:<{hub_width}}  {c:>10}  {d:>10}  {e:>6}  {f}".rstrip() for a, b, c, d, e, f in table
+    )
 
 
 def _short(n: int | None) -> str:
