@@ -79,7 +79,12 @@ def unstack_experts(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
         shape = (n_rows // len(parts), n_columns)
         for i in range(n_experts * len(parts)):
             expert, part = divmod(i, len(parts))
-            single[f"{match[1]}.{expert}.{parts[part]}.weight"] = stack.span(i * prod(shape), shape)
+            alone = f"{match[1]}.{expert}.{parts[part]}.weight"
+            if alone in tensors:
+                raise ValueError(
+                    f"`{alone}` is there twice, also in the stack `{name}`; delete one of the weight files"
+                )
+            single[alone] = stack.span(i * prod(shape), shape)
     return single
 
 

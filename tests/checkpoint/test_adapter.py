@@ -261,26 +261,6 @@ def test_layers_that_predict_several_tokens_are_left_out_with_a_notice():
 # --- FP8 in blocks
 
 
-@pytest.mark.parametrize("shape", [(128, 128), (200, 300), (1, 129)])
-def test_fp8_weights_are_multiplied_by_the_scales_of_their_blocks(shape, monkeypatch):
-    adapter = adapter_of("llama", n_embd=shape[1] * 4, head_size=8, intermediate_size=shape[0])
-    file = random_file(adapter)
-    name = "model.layers.0.mlp.gate_proj.weight"
-    shape = file[name].shape
-    quantized = torch.randn(shape).to(torch.float8_e4m3fn)
-    scale = torch.rand(-(-shape[0] // 128), -(-shape[1] // 128))
-    expected = torch.empty(shape)
-    for i in range(shape[0]):
-        for j in range(0, shape[1], 128):
-            expected[i, j : j + 128] = quantized[i, j : j + 128].float() * scale[i // 128, j // 128]
-    ours = adapter.from_hf(lazy(file | {name: quantized, f"{name}_scale_inv": scale}))
-    for piece_bytes in (1 << 25, 1):  # in one go, and block row by block row
-        monkeypatch.setattr("litgpt.checkpoint.layouts.PIECE_BYTES", piece_bytes)
-        found = ours["transformer.h.0.mlp.fc_1.weight"].read()
-        assert found.dtype == torch.bfloat16
-        assert torch.equal(found, expected.bfloat16())
-
-
 def test_fp8_weights_are_dequantised_inside_fused_projections_and_of_all_experts(tmp_path):
     adapter = adapter_of("deepseek_v3")
     file = {}
@@ -301,17 +281,6 @@ def test_fp8_weights_are_dequantised_inside_fused_projections_and_of_all_experts
     qkv = llama.from_hf(lazy(file))["transformer.h.0.attn.qkv.weight"].read()
     parts = [file[f"model.layers.0.self_attn.{x}_proj.weight"].float() * 2 for x in "qkv"]
     assert torch.equal(qkv, torch.cat(parts).bfloat16())
-
-
-def test_fp8_weights_without_scales_or_with_others_are_refused():
-    adapter = adapter_of("llama")
-    file = random_file(adapter)
-    name = "model.layers.0.mlp.gate_proj.weight"
-    file[name] = file[name].to(torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match=r"gate_proj.weight` \(48, 32\) is in FP8.*are missing.*128 x 128"):
-        adapter.from_hf(lazy(file))
-    with pytest.raises(ValueError, match=r"scales.*of shape \(48, 1\)"):
-        adapter.from_hf(lazy(file | {f"{name}_scale_inv": torch.ones(48, 1)}))
 
 
 # --- what is refused
