@@ -217,7 +217,7 @@ class Handler(BaseHTTPRequestHandler):
         values = json.loads(self.body)
         repo_id = f"{values['organization']}/{values['name']}" if values.get("organization") else values["name"]
         if "*" not in self.server.readers.get(self._token(), ()):
-            return self._answer(403 if self._token() else 401, b'{"error": "no right to write"}')
+            return self._answer(403 if self._token() in self.server.readers else 401, b'{"error": "no right to write"}')
         if repo_id in self.server.repos:
             return self._json({"url": f"{self.server.url}/{repo_id}"}, 409)
         is_private = values.get("private") or values.get("visibility") == "private"

@@ -69,10 +69,11 @@ def download_repo(
         raise ValueError(f"{repo_id!r} is no repo of the hub, which is called like org/name{did_you_mean(repo_id)}")
     target = Path(checkpoint_dir) / repo_id
     if is_offline():
-        if has_tokenizer(target) if tokenizer_only else has_weights(target):
-            return target
-        raise offline_error(repo_id)
-    repo = HubRepo(repo_id, access_token, revision)
+        return _local(target, tokenizer_only, revision, offline_error(repo_id))
+    try:
+        repo = HubRepo(repo_id, access_token, revision)
+    except ConnectionError as error:
+        return _local(target, tokenizer_only, revision, error)
     place = target.resolve() if target.is_symlink() else target
     place.parent.mkdir(parents=True, exist_ok=True)
     staging = place.with_name(f".{place.name}.partial")
@@ -86,19 +87,22 @@ def download_repo(
     finally:
         if not any(_WEIGHTS.search(path.name) for path in staging.glob("*")):
             shutil.rmtree(staging, ignore_errors=True)  # refused before it came to the weights
-        Path(lock.lock_file).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            place.parent.rmdir()  # succeeds only where nothing has come
+        if not staging.exists() and not place.exists():
+            Path(lock.lock_file).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                place.parent.rmdir()  # succeeds only where nothing else is
     return target
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds the weights of a model and what describes them."""
+    """Whether a folder holds the weights of a model, all shards that an index names, and what describes them."""
     try:
-        find_weights_file(folder)
-    except FileNotFoundError:
+        file = find_weights_file(folder)
+        names = index_names(file) if file.name.endswith(".index.json") else []
+    except (FileNotFoundError, ValueError):
         return False
-    return any((folder / name).is_file() for name in ("model_config.yaml", "config.json"))
+    is_described = any((folder / name).is_file() for name in ("model_config.yaml", "config.json"))
+    return is_described and all((folder / name).is_file() for name in names)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -124,6 +128,15 @@ def choose_weights(names: Iterable[str]) -> list[str]:
     return found if len(found) == 1 else []
 
 
+def _local(target: Path, tokenizer_only: bool, revision: str | None, error: ConnectionError) -> Path:
+    """`target` as it is, if it will do while the hub cannot be asked; otherwise raises `error`."""
+    if not (has_tokenizer(target) if tokenizer_only else has_weights(target)):
+        raise error from None
+    which = "whether it is the newest" if revision is None else f"whether it is revision {revision}"
+    warnings.warn(f"{target} is taken as it is: {which} cannot be seen, for the hub cannot be asked", stacklevel=3)
+    return target
+
+
 def _download(repo: HubRepo, target: Path, staging: Path, tokenizer_only: bool, model_name: str | None) -> None:
     """Put the repo at `target`; whoever looks there sees all of it or what was there before."""
     kinds = TOKENIZER_FILES if tokenizer_only else MODEL_FILES
@@ -140,6 +153,8 @@ def _download(repo: HubRepo, target: Path, staging: Path, tokenizer_only: bool, 
     config = None if tokenizer_only or is_ours else _build_config(repo.repo_id, staging, model_name)
     weights = _named_by_index(repo, weights, staging)
     _check_converted(repo, weights, target)
+    if lacking := repo.check_space(small + weights, staging):
+        print(f"Downloading {lacking / 1e9:.2f} GB of {repo.repo_id} to {target}", file=sys.stderr)
     repo.download(small + weights, staging, show_progress=sys.stderr.isatty())
 
     wanted = {*small, *weights}
@@ -195,15 +210,22 @@ def _build_config(repo_id: str, folder: Path, model_name: str | None) -> Config:
     return config
 
 
+def index_names(path: Path) -> list[str]:
+    """The shards that an index of weights names."""
+    try:
+        return sorted({str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{path.name} is no index of weights") from None
+
+
 def _named_by_index(repo: HubRepo, weights: list[str], folder: Path) -> list[str]:
     """`weights` without the files that their index does not name."""
     if not weights or not weights[0].endswith(".index.json"):
         return weights
     try:
-        index = json.loads((folder / weights[0]).read_text(encoding="utf-8"))
-        shards = sorted({str(name) for name in index["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{weights[0]} of {repo.repo_id} is no index of weights") from None
+        shards = index_names(folder / weights[0])
+    except ValueError as error:
+        raise ValueError(f"{repo.repo_id} cannot be used: {error}") from None
     if unknown := [name for name in shards if name not in repo.files]:
         raise ValueError(f"{weights[0]} of {repo.repo_id} names {unknown[0]!r}, which the repo does not hold")
     return [weights[0], *shards]

@@ -78,8 +78,8 @@ class HubRepo:
                 blob_id = None if sibling.lfs else sibling.blob_id
                 self.files[sibling.rfilename] = RemoteFile(sibling.rfilename, sibling.size, sha256, blob_id)
 
-    def check_space(self, names: Iterable[str], folder: Path) -> None:
-        """Raise OSError if what `folder` lacks of `names` does not fit on the disk."""
+    def check_space(self, names: Iterable[str], folder: Path) -> int:
+        """How many bytes of `names` are not in `folder` yet; OSError if the disk has no room for them."""
         lacking = 0
         for file in (self.files[name] for name in names):
             there = (path for path in (folder / file.name, self._part(file, folder)) if path.is_file())
@@ -90,6 +90,7 @@ class HubRepo:
                 f"{self.repo_id} needs {lacking:,} bytes more in {folder.parent}, and the disk has {free:,} free: make "
                 "room, or choose another --checkpoint_dir"
             )
+        return lacking
 
     def download(self, names: Iterable[str], folder: Path, show_progress: bool = False) -> None:
         """Bring `names` into `folder`; what is there and intact stays, what is there in part is completed.

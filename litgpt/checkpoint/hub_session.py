@@ -164,7 +164,9 @@ class HubSession:
         if status == 401 and self.has_token:
             return ValueError(f"the hub refuses the access token for {repo}: is {token} right and not expired?")
         if status == 403:
-            return ValueError(f"the access token may not do this with {repo}: it needs the permission, or is missing")
+            return ValueError(
+                f"the access token may not do this with {repo}: {where}/settings/tokens gives permissions"
+            )
         if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
             private = "" if self.has_token else f", or it is private and needs {token}"
             return ValueError(f"the hub has no model repo {repo!r}{private}{did_you_mean(repo)}")
