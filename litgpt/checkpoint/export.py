@@ -137,7 +137,7 @@ def write_hf_folder(export: Export, output_dir: Path, max_shard_bytes: int) -> l
 
 
 def write_hf_state_dict(export: Export, path: Path) -> Path:
-    """Write one torch file for `from_pretrained(..., state_dict=torch.load(path))`."""
+    """Write one torch file for `from_pretrained(.., state_dict=torch.load(path))`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_torch(path, hf_tensors(export))
     return path

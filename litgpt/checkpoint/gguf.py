@@ -145,7 +145,7 @@ def write_gguf(
         file.seek(0, 2)  # the package would take each tensor whole
         for name, tensor in tensors.items():
             file.write(bytes(-file.tell() % _ALIGNMENT))
-            for data in _encoded(gguf, name, tensor, kinds[name]):
+            for data in _encoded(name, tensor, kinds[name]):
                 file.write(data)
         file.write(bytes(-file.tell() % _ALIGNMENT))
     return path
@@ -348,20 +348,28 @@ def _n_bytes(shape: tuple[int, ...], kind: str) -> int:
     return n // _BLOCK * (_BLOCK + 2) if kind == "q8_0" else n * (4 if kind == "f32" else 2)
 
 
-def _encoded(gguf: Any, name: str, tensor: LazyTensor, kind: str) -> Iterator[memoryview]:
+def _encoded(name: str, tensor: LazyTensor, kind: str) -> Iterator[memoryview]:
     """The bytes of `tensor`; its float32 form exists only for a piece at a time."""
     pieces = (part for piece in tensor.iter_pieces() for part in piece.split(_PIECE))
     for piece in pieces:
         if kind == "f32":
             yield piece.float().numpy().data
         elif kind == "q8_0":
-            blocks = piece.float().view(-1, _BLOCK).numpy()
-            yield gguf.quants.quantize(blocks, gguf.GGMLQuantizationType.Q8_0).data
+            yield _quantized(piece).numpy().data
         else:
             small = piece.to(_DTYPES[kind])
             if kind == "f16" and small.isinf().any() and not piece.isinf().any():
                 raise ValueError(f"{name} holds numbers beyond the range of f16; choose `--gguf_type bf16`")
             yield small.view(torch.int16).numpy().data
+
+
+def _quantized(piece: Tensor) -> Tensor:
+    """The blocks `(n, 34)` of q8_0: a scale in f16 and 32 int8. The gguf package does the same, ten times slower."""
+    blocks = piece.float().view(-1, _BLOCK)
+    scales = blocks.abs().amax(dim=1, keepdim=True) / 127
+    steps = blocks * torch.where(scales > 0, 1 / scales, 0)
+    steps = (steps + steps.sign() / 2).trunc().to(torch.int8)  # halves are rounded away from 0
+    return torch.cat((scales.half().view(torch.uint8), steps.view(torch.uint8)), dim=1)
 
 
 def _value_type(gguf: Any, value: Any) -> Any:
@@ -372,7 +380,6 @@ def _value_type(gguf: Any, value: Any) -> Any:
 def _import_gguf() -> Any:
     try:
         import gguf
-        import gguf.quants
     except ImportError as error:
         raise ModuleNotFoundError("GGUF export needs the package gguf: run `pip install 'litgpt[gguf]'`") from error
     return gguf

@@ -36,9 +36,9 @@ def convert_lit_checkpoint(
     `--format hf` writes a folder that transformers, vLLM and TGI load by its name: config.json, model.safetensors (or
     shards with their index), tokenizer, chat template, generation_config.json. All commands of litgpt read it too.
     `--format gguf` writes one file for llama.cpp, Ollama and LM Studio, with tokenizer and chat template.
-    `--format pth` writes OUTPUT_DIR/model.pth alone, as 0.5 did, for
-    `AutoModelForCausalLM.from_pretrained(NAME, state_dict=torch.load("model.pth"))`. Only one of the three is written,
-    so that the weights are not twice on the disk: a script that loads model.pth needs `--format pth`.
+    `--format pth` writes OUTPUT_DIR/model.pth alone, as 0.5 did, for `from_pretrained(.., state_dict=torch.load(..))`.
+    Only one of the three is written, so that the weights are not twice on the disk: a script that loads model.pth needs
+    `--format pth`.
 
     Args:
         checkpoint_dir: Folder with the weights, such as the final folder of a run. checkpoints/NAME may be given as
