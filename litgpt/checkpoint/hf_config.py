@@ -88,33 +88,48 @@ def config_from_hf(values: Mapping[str, Any], name: str | None = None) -> Config
     values = _text_part(values)
     model_type, family = _find_family(values)
     try:
-        _check_features(values, family)
-        hf = _read_keys(values, family)
-        own = {ours: hf[theirs] for theirs, ours in FIELDS.items() if theirs in hf}
-        _check_sizes(own)
-        own |= {key: None for key in NEUTRAL_AT_ONE if own.get(key) == 1.0}
-        own["vocab_size"] = own["padded_vocab_size"]
-        plain = {f.name: f.default for f in fields(Config)}
-        shared = {f.name: f.default for f in fields(family.kind) if f.default != plain[f.name]}
-        shared = {"norm_unit_offset": False, "norm_affine": True} | shared | family.fixed
-        for read in (read_attention, read_block, read_mlp, read_experts, read_windows, read_rope):
-            own |= read(hf, shared | own, values)
-        return Config(**shared | own | _identity(name))
+        return Config(**_read_fields(values, family) | _identity(name))
     except Lacking as error:
         raise ValueError(f"config.json ({model_type}) asks for what litgpt does not have: {error}") from None
     except ValueError as error:
         raise ValueError(f"config.json ({model_type}): {error}") from None
 
 
-def config_to_hf(config: Config, model_type: str, dtype: Any = None, **token_ids: Any) -> dict[str, Any]:
+def _read_fields(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """All fields of ours that a `config.json` decides."""
+    _check_features(values, family)
+    hf = _read_keys(values, family)
+    own = {ours: hf[theirs] for theirs, ours in FIELDS.items() if theirs in hf}
+    _check_sizes(own)
+    own |= {key: None for key in NEUTRAL_AT_ONE if own.get(key) == 1.0}
+    own["vocab_size"] = own["padded_vocab_size"]
+    plain = {f.name: f.default for f in fields(Config)}
+    shared = {f.name: f.default for f in fields(family.kind) if f.default != plain[f.name]}
+    shared = {"norm_unit_offset": False, "norm_affine": True} | shared | family.fixed
+    for read in (read_attention, read_block, read_mlp, read_experts, read_windows, read_rope):
+        own |= read(hf, shared | own, values)
+    return shared | own
+
+
+def config_to_hf(
+    config: Config,
+    model_type: str,
+    dtype: Any = None,
+    *,
+    bos_token_id: int | None = None,
+    eos_token_id: int | list[int] | None = None,
+    pad_token_id: int | None = None,
+) -> dict[str, Any]:
     """What a `config.json` has to say so that transformers, 4 or 5, builds the same model.
 
     Args:
         config: Of a model that `model_type` can express.
         model_type: One of transformers', such as `llama`.
         dtype: Of the weights, torch's or its name.
-        token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`. They are null where they are not given: what
-            transformers takes by default belongs to another tokenizer.
+        bos_token_id: Of the tokenizer; null where it is not given, as are the others: what transformers takes by
+            default belongs to another tokenizer.
+        eos_token_id: One or several.
+        pad_token_id: Usually none.
 
     Raises:
         ValueError: The model type cannot say what the config says; the message names the fields.
@@ -127,12 +142,12 @@ def config_to_hf(config: Config, model_type: str, dtype: Any = None, **token_ids
     values = {"architectures": [family.architecture], "model_type": model_type}
     values |= {key: own[key] for key in family.keys if key in own and (own[key] is not None or key in NULL)}
     values |= write_rope(config, family) | family.also
-    values |= {key: token_ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    values |= {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     if dtype is not None:
         values["dtype"] = values["torch_dtype"] = str(dtype).removeprefix("torch.")
     try:
-        again = _meaning(config_from_hf(values))
-    except ValueError as error:
+        again = _meaning(Config(**_read_fields(values, family)))
+    except (Lacking, ValueError) as error:
         raise ValueError(f"the model cannot be written as {model_type}: {error}") from None
     if lost := [key for key, value in _meaning(config).items() if again.get(key) != value]:
         raise ValueError(f"the model cannot be written as {model_type}, which cannot say its {', '.join(lost)}")
@@ -168,18 +183,22 @@ def _text_part(values: Mapping[str, Any]) -> dict[str, Any]:
 def _find_family(values: Mapping[str, Any]) -> tuple[str, Family]:
     model_type, classes = values.get("model_type"), values.get("architectures")
     classes = [c.casefold() for c in classes if isinstance(c, str)] if isinstance(classes, list) else []
-    by_class = {family.architecture.casefold(): name for name, family in FAMILIES.items()}
     if model_type is None:
+        by_class = {family.architecture.casefold(): name for name, family in FAMILIES.items()}
         model_type = next((by_class[c] for c in classes if c in by_class), classes[0] if classes else None)
     model_type = str(ALIASES.get(str(model_type), model_type))
-    family = FAMILIES.get(model_type)
-    is_other_class = family is not None and classes and family.architecture.casefold() not in classes
-    if family is None or (is_other_class and model_type not in ALIASES.values()):
-        wanted = model_type if family is None else values["architectures"][0]
-        close = nearest(wanted, FAMILIES)
-        hint = f"; did you mean {' or '.join(close)}?" if close and family is None else "."
-        known = ", ".join(FAMILIES)
-        raise UnsupportedArchitecture(f"the architecture {str(wanted)[:60]!r} is not supported{hint} Known are {known}")
+    if (family := FAMILIES.get(model_type)) is None:
+        close = nearest(model_type, FAMILIES)
+        hint = f"; did you mean {' or '.join(close)}?" if close else "."
+        raise UnsupportedArchitecture(
+            f"the architecture {model_type[:60]!r} is not supported{hint} Known are {', '.join(FAMILIES)}"
+        )
+    known = {family.architecture.casefold()}
+    known |= {f"{whole}forconditionalgeneration" for whole, text in ALIASES.items() if text == model_type}
+    if classes and known.isdisjoint(classes):
+        raise UnsupportedArchitecture(
+            f"{classes[0][:60]} is not supported for {model_type}, only {family.architecture}"
+        )
     return model_type, family
 
 

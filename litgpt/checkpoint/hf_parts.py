@@ -49,8 +49,8 @@ def read_attention(hf: dict[str, Any], own: dict[str, Any], values: Mapping[str,
     elif "head_dim" not in hf and values.get("head_dim") not in (None, n_embd // max(n_head, 1)):
         raise Lacking(f"head_dim {str(values['head_dim'])[:60]}, other than hidden_size / num_attention_heads")
     if "attention_multiplier" in hf:
-        if hf["attention_multiplier"] <= 0:
-            raise ValueError(f"attention_multiplier is {hf['attention_multiplier']}; it must be above 0")
+        if not 1e-9 < hf["attention_multiplier"] < 1e9:
+            raise ValueError(f"attention_multiplier is {hf['attention_multiplier']}; it must be between 1e-9 and 1e9")
         found["attention_scores_scalar"] = rounded(hf["attention_multiplier"] ** -2)
     if "no_rope_layers" in hf:
         found["nope_indices"] = _nope_flags(hf)
@@ -135,6 +135,7 @@ def read_experts(hf: dict[str, Any], own: dict[str, Any], values: Mapping[str, A
         raise Lacking(f"topk_method {method[:60]}")
     limited = method != "greedy"
     return {
+        "n_expert_per_token": hf["num_experts_per_tok"] or 0,
         "n_expert_groups": (limited and hf["n_group"]) or 1,
         "n_topk_groups": (limited and hf["topk_group"]) or 1,
         "norm_topk_prob": hf.get("norm_topk_prob", False),
@@ -204,21 +205,22 @@ def read_rope(hf: dict[str, Any], own: dict[str, Any], values: Mapping[str, Any]
     by_layer = {"full_attention", "sliding_attention"} & params.keys()
     has_local = "rope_local_base_freq" in hf
     if params and has_local != bool(by_layer):
-        raise Lacking(f"rope_parameters for {'some' if by_layer else 'all'} kinds of layers together")
+        raise Lacking(f"rope_parameters {'by' if by_layer else 'that are not by'} full_attention and sliding_attention")
     full, local = (
         typed(params.get(f"{kind}_attention") or {}, "rope_parameters", dict) for kind in ("full", "sliding")
     )
     params = full | scaling if has_local else scaling or params
-    rotated = params.get("partial_rotary_factor", values.get(share, hf.get(share, 1.0)))
+    said = (params.get("partial_rotary_factor"), values.get(share), hf.get(share, 1.0))
+    rotated = next(value for value in said if value is not None)
     if share not in hf and rotated != 1:
         raise Lacking(f"{share} {str(rotated)[:60]}")
-    base = _base(params.get("rope_theta", hf[theta]))
+    base = _base(params.get("rope_theta") or hf[theta])
     if base != int(base):
         raise Lacking(f"{theta} {base}, which is not whole")
     found = {"rope_base": int(base), "rope_adjustments": _read_scaling(params, hf, values)}
     found["rotary_percentage"] = typed(rotated, share, float)
     if has_local:
-        local_base = _base(local.get("rope_theta", hf["rope_local_base_freq"] or base))
+        local_base = _base(local.get("rope_theta") or hf["rope_local_base_freq"] or base)
         if _scaling_kind(local) != "default":
             raise Lacking(f"rope_type {_scaling_kind(local)[:60]} in windowed layers")
         if local_base != base or found["rope_adjustments"]:
