@@ -126,7 +126,7 @@ class RehearsedModel(Rehearsal):
         window = window if window and window < T else None
         if fresh and window is None and (softcap is None or T == 1):
             return self.kernel(q, k, v, c, T, T, masked=False)
-        n_scores = nh // G if softcap is None else 2 * s.B * nh
+        n_scores = (nh if c.latent_attention else nh // G) if softcap is None else 2 * s.B * nh
         size = max(8, 2**22 // (S * n_scores))
         if fresh and window:
             size = min(max(128, window // 4), max(8, 2**22 // (window * n_scores)))
@@ -150,7 +150,8 @@ class RehearsedModel(Rehearsal):
         nh, G, softcap, run = c.n_head, c.n_query_groups, c.attention_logit_softcapping, self.set
         mask = Data(self, 2 * t * s) if masked else None  # as it is built: two booleans a pair
         slow = run.device == "cpu" and run.compute_bytes < FLOAT and q.node is not None and s <= 512
-        if softcap is not None or slow:
+        latent = c.latent_attention is not None  # has keys and values for each head, and a kernel of its own
+        if not latent and (softcap is not None or slow):
             return self.explicit_attention(q, k, v, c, t, s, masked or slow), False
         if c.dropout and run.backward and run.device == "cpu":  # no fused kernel: torch's maths, in float32
             y = self.explicit_attention(*(self.cast(z, FLOAT) for z in (q, k, v)), c, t, s, True)

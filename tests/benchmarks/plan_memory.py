@@ -8,7 +8,8 @@ the most that was in use at once in three steps, weights, gradients and optimize
 
 import contextlib
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -28,7 +29,7 @@ LLAMA = dict(
     n_layer=4, n_embd=128, n_head=8, n_query_groups=2, intermediate_size=384, block_size=8192, padded_vocab_size=2048,
     norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP", parallel_residual=False, bias=False, rotary_percentage=1.0,
 )  # fmt: skip
-NEOX = dict(n_layer=4, n_embd=256, n_head=4, padded_vocab_size=4096)
+NEOX = dict(n_layer=3, n_embd=256, n_head=4, padded_vocab_size=2048)
 LATENT = dict(q_lora_rank=64, kv_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32)
 MOE = LLAMA | dict(mlp_class_name="LLaMAMoE", n_expert=8, n_expert_per_token=2, moe_intermediate_size=256)
 DEEPSEEK = MOE | dict(
@@ -67,7 +68,7 @@ RECIPES = {
     "pretrain DeepSeek (MLA, MoE) 32-true": recipe(DEEPSEEK, "pretrain", 2, 512, "32-true"),
     "pretrain Gemma-2-like 32-true": recipe(GEMMA, "pretrain", 1, 1024, "32-true"),
     "pretrain long context, big vocabulary": recipe(LLAMA | dict(n_layer=2, padded_vocab_size=32000), "pretrain", 1,
-                                                    4096, "32-true"),
+                                                    2048, "32-true"),
     "pretrain with dropout bf16-mixed": recipe(LLAMA | dict(dropout=0.1), "pretrain", 2, 512, "bf16-mixed"),
     "full, checkpointing, bf16-mixed": recipe(LLAMA | dict(n_layer=8), "full", 4, 512, "bf16-mixed",
                                               activation_checkpointing=True),
@@ -161,28 +162,31 @@ def run(recipe: Recipe) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def measure(recipe: Recipe) -> int:
-    """Most bytes in use at once."""
+def allocations(function: Callable[[], object]) -> list[int]:
+    """Bytes that torch's allocator gave out (or, negative, took back) while `function` ran, in their order."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run(recipe)
+        function()
     events, found = list(profiler.profiler.kineto_results.experimental_event_tree()), []
     while events:
         event = events.pop()
         events.extend(event.children)
         if hasattr(event.extra_fields, "alloc_size"):
             found.append((event.start_time_ns, event.extra_fields.alloc_size))
+    return [size for _, size in sorted(found, key=lambda pair: pair[0])]
+
+
+def measure(recipe: Recipe) -> int:
+    """Most bytes in use at once after the model was built, which an allocation of one byte tells."""
     in_use = peak = 0
-    has_begun = False
-    for _, size in sorted(found, key=lambda pair: pair[0]):
-        has_begun |= size == 1
+    for size in allocations(lambda: run(recipe)):
         in_use += size
-        peak = max(peak, in_use) if has_begun else 0
+        peak = 0 if size == 1 else max(peak, in_use)
     return peak
 
 
 def predict(recipe: Recipe) -> int:
     """What `litgpt plan` says."""
-    return plan_run(Config(**recipe.config), replace(recipe.settings)).total
+    return plan_run(Config(**recipe.config), recipe.settings).total
 
 
 def main() -> None:
