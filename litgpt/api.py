@@ -14,22 +14,28 @@ from torch import Tensor, nn
 
 from litgpt.benchmark import benchmark_dict_to_markdown_table, measure
 from litgpt.checkpoint.atomic import atomic_folder
-from litgpt.checkpoint.folders import WEIGHTS_NAME, copy_config_files
+from litgpt.checkpoint.export import TOKENIZER_FILES
+from litgpt.checkpoint.folders import WEIGHTS_NAME
 from litgpt.checkpoint.hub import find_checkpoint
 from litgpt.checkpoint.io import load_torch, save_torch
 from litgpt.config import Config, find_multiple, rope_kind, save_config
 from litgpt.generate.base import generate_fn, own_predict
 from litgpt.generate.decoding import Decoder, check_lengths
-from litgpt.generate.loading import autocast, default_device, load_model, parse_precision
+from litgpt.generate.loading import autocast, find_device, load_model, parse_precision
+from litgpt.hardware import calculate_number_of_devices
 from litgpt.losses import chunked_cross_entropy
 from litgpt.prompts import Default, PromptStyle, has_prompt_style, load_prompt_style, save_prompt_style
 from litgpt.registry import ModelSpec, build_model, get_model_spec, load_checkpoint_config, resolve_model
 from litgpt.tokenizer import MissingTokenizerError, Tokenizer
 
+__all__ = [
+    "LLM", "Preprocessor", "benchmark_dict_to_markdown_table", "calculate_number_of_devices",
+    "pull_request_benchmark_util",
+]  # fmt: skip
+
 _CACHE_STEP_TOKENS = 256
 """A KV cache grows in such steps, so that a slightly longer prompt finds it large enough."""
 _NO_MODEL = "there is no model yet: call .distribute() or .trainer_setup() first"
-_MORE_FILES = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
 
 
 class Preprocessor:
@@ -84,7 +90,7 @@ class LLM(nn.Module):
         self.fixed_kv_cache_size = fixed_kv_cache_size
         self.prev_generated_seq_length = 0
         self.spec: ModelSpec = get_model_spec(getattr(self.config, "model_type", "gpt"))
-        self._fabric = fabric
+        self._fabric, self._tokenizer_dir, self._n_cached = fabric, checkpoint_dir, 0
         self._autocast_dtype: torch.dtype | None = None
 
     # ---------------------------------------------------------------- loading and saving
@@ -138,8 +144,6 @@ class LLM(nn.Module):
             llm.distribute()
         return llm
 
-    _tokenizer_dir: Path | None = None
-
     def distribute(
         self,
         accelerator: Literal["cpu", "gpu", "cuda", "mps", "auto"] = "auto",
@@ -164,7 +168,7 @@ class LLM(nn.Module):
         for name, value in (("quantize", quantize), ("generate_strategy", generate_strategy)):
             if value is not None:
                 raise NotImplementedError(f"{name}={value!r} is not in this version yet: leave it out")
-        device = _find_device(accelerator, devices)
+        device = find_device(accelerator, devices)
         dtype, self._autocast_dtype = parse_precision(precision)
         if self.model is None:
             self.model = self._build(device, dtype)
@@ -181,8 +185,6 @@ class LLM(nn.Module):
                 raise ValueError(f"fixed_kv_cache_size is {size}; this model takes 1 to {limit} tokens")
             self._set_kv_cache(size)
         print(f"Using {device}, {str(dtype).removeprefix('torch.')} weights", file=sys.stderr)
-
-    _n_cached = 0
 
     def _build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         if self.checkpoint_dir is not None:
@@ -239,12 +241,10 @@ class LLM(nn.Module):
             self._save_into(out_dir, prompt_style)
 
     def _save_into(self, folder: Path, prompt_style: PromptStyle | str | None) -> None:
-        if self._tokenizer_dir is not None:
-            copy_config_files(self._tokenizer_dir, folder)
-            for name in _MORE_FILES:
-                source = Path(self._tokenizer_dir) / name
-                if source.is_file() and source.resolve() != (folder / name).resolve():
-                    copyfile(source, folder / name)
+        for name in (*TOKENIZER_FILES, "config.json", "generation_config.json") if self._tokenizer_dir else ():
+            source = Path(self._tokenizer_dir) / name
+            if source.is_file() and source.resolve() != (folder / name).resolve():
+                copyfile(source, folder / name)
         save_config(self.config, folder)
         save_prompt_style(prompt_style or self.prompt_style, folder)
         save_torch(self.state_dict(), folder / WEIGHTS_NAME)
@@ -403,29 +403,6 @@ class LLM(nn.Module):
         """Generate a few times with the arguments `kwargs` of `generate`, and measure each time; see `measure`."""
         ids, figures = measure(self.generate, num_iterations, self.device, **kwargs)
         return self.tokenizer.decode(ids), figures
-
-
-def _find_device(accelerator: str, devices: int | list[int] | str) -> torch.device:
-    if accelerator not in ("cpu", "gpu", "cuda", "mps", "auto"):
-        raise ValueError(f"accelerator is {accelerator!r}: choose cpu, gpu, cuda, mps or auto")
-    found = default_device()
-    kind = {"auto": found.type, "gpu": found.type if found.type != "cpu" else "cuda"}.get(accelerator, accelerator)
-    has = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
-    if not has:
-        raise ValueError(f"accelerator {accelerator!r}: this machine has none; choose cpu or auto")
-    n = 1 if devices == "auto" else calculate_number_of_devices(devices)
-    if n < 1 or (n > has and kind != "cpu"):
-        raise ValueError(f"devices is {devices!r}, but this machine has {has} of kind {kind}")
-    if n > 1:
-        raise NotImplementedError(f"devices={devices!r}: more than one device is not in this version yet; take 1")
-    if isinstance(devices, list) and kind == "cuda":
-        return torch.device(kind, devices[0])
-    return found if kind == found.type else torch.device(kind)
-
-
-def calculate_number_of_devices(devices: int | list[int]) -> int:
-    """How many devices a number or a list of them means."""
-    return len(devices) if isinstance(devices, list) else int(devices)
 
 
 def pull_request_benchmark_util(model_name: str = "microsoft/phi-2", num_iterations: int = 6) -> None:

@@ -38,6 +38,11 @@ def parse_devices(devices: str | int) -> int:
     raise ValueError(f"--devices is {devices!r}: it must be a number above 0, or auto.")
 
 
+def calculate_number_of_devices(devices: int | list[int]) -> int:
+    """How many devices a number or a list of them means."""
+    return len(devices) if isinstance(devices, list) else int(devices)
+
+
 def get_default_supported_precision(training: bool) -> str:
     """bf16 where the device has it (a CPU does), else 16: "-mixed" for training, "-true" for inference."""
     has_bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()

@@ -137,11 +137,14 @@ def _from_sentencepiece(processor: Any, folder: Path) -> tuple[dict[str, Any], d
 
 
 def _token_lists(tokens: Mapping[int, Token], n_rows: int, folder: Path, with_scores: bool) -> dict[str, Any]:
-    if max(tokens) >= n_rows:
-        raise ValueError(
-            f"the tokenizer in {folder} has the token id {max(tokens)}, but the embedding has {n_rows} rows: they do "
-            "not belong together"
-        )
+    if beyond := [i for i in tokens if i >= n_rows]:
+        if any(tokens[i][2] not in (CONTROL, USER_DEFINED) for i in beyond):
+            raise ValueError(
+                f"the tokenizer in {folder} has the token id {max(beyond)}, but the embedding has {n_rows} rows: "
+                "they do not belong together"
+            )
+        # Gemma 3 has a token for images, which the embedding of its text part lacks
+        warnings.warn(f"{len(beyond)} added tokens that the model does not have are left out", stacklevel=3)
     rows = [tokens.get(i, (f"[PAD{i}]", _NEVER_MERGED, UNUSED)) for i in range(n_rows)]
     texts, scores, kinds = (list(column) for column in zip(*rows))
     taken: set[str] = set()

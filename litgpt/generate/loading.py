@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from litgpt.checkpoint.io import load_model_weights
 from litgpt.config import Config
-from litgpt.hardware import get_default_supported_precision
+from litgpt.hardware import calculate_number_of_devices, get_default_supported_precision
 from litgpt.registry import ModelSpec, build_model
 
 _DTYPES = {"32": torch.float32, "64": torch.float64, "bf16": torch.bfloat16, "16": torch.float16}
@@ -22,6 +22,25 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def find_device(accelerator: str, devices: int | list[int] | str) -> torch.device:
+    """The one device that `accelerator` (cpu, gpu, cuda, mps, auto) and `devices` (1, a list of one, auto) mean."""
+    if accelerator not in ("cpu", "gpu", "cuda", "mps", "auto"):
+        raise ValueError(f"accelerator is {accelerator!r}: choose cpu, gpu, cuda, mps or auto")
+    found = default_device()
+    kind = {"auto": found.type, "gpu": found.type if found.type != "cpu" else "cuda"}.get(accelerator, accelerator)
+    has = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+    if not has:
+        raise ValueError(f"accelerator {accelerator!r}: this machine has none; choose cpu or auto")
+    n = 1 if devices == "auto" else calculate_number_of_devices(devices)
+    if n < 1 or (n > has and kind != "cpu"):
+        raise ValueError(f"devices is {devices!r}, but this machine has {has} of kind {kind}")
+    if n > 1:
+        raise NotImplementedError(f"devices={devices!r}: more than one device is not in this version yet; take 1")
+    if isinstance(devices, list) and kind == "cuda":
+        return torch.device(kind, devices[0])
+    return found if kind == found.type else torch.device(kind)
 
 
 def parse_precision(precision: str | None) -> tuple[torch.dtype, torch.dtype | None]:

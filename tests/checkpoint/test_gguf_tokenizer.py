@@ -206,6 +206,12 @@ def test_more_tokens_than_rows_are_refused(tiny_tokenizer_dir: Path) -> None:
         tokenizer_metadata(tiny_tokenizer_dir, 256)
 
 
+def test_added_tokens_that_the_model_lacks_are_left_out(spm_dir: Path) -> None:
+    with pytest.warns(UserWarning, match="1 added tokens"):
+        values = tokenizer_metadata(spm_dir, 13)
+    assert len(values["tokenizer.ggml.tokens"]) == 13 and "  " not in values["tokenizer.ggml.tokens"]
+
+
 def test_tokenizer_without_eos_is_refused(spm_dir: Path) -> None:
     change(spm_dir / "tokenizer_config.json", lambda c: c.pop("eos_token"))
     with pytest.raises(ValueError, match="add eos_token"):
