@@ -302,6 +302,21 @@ def test_load_takes_a_registered_model(tmp_path: Path, tiny_tokenizer_dir: Path)
     assert ids.tolist() == greedy(llm.model, idx, 5)[: len(ids)] and len(ids)
 
 
+def test_load_reads_a_hugging_face_folder_in_place(llm: LLM, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=320)
+    hf_model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2)).eval()
+    hf_model.save_pretrained(tmp_path / "hf")
+    before = sorted(file.name for file in (tmp_path / "hf").iterdir())
+    loaded = LLM.load(tmp_path / "hf", tokenizer_dir=llm.checkpoint_dir, distribute=None)
+    loaded.distribute(accelerator="cpu", precision="32-true")
+    idx = torch.randint(0, 300, (2, 12))
+    wanted = hf_model(idx).logits
+    assert (loaded(idx) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert loaded.generate("The", max_new_tokens=3, temperature=0) is not None
+    assert sorted(file.name for file in (tmp_path / "hf").iterdir()) == before
+
+
 def test_folder_without_a_tokenizer_serves_ids_only(checkpoint_dir: Path) -> None:
     (checkpoint_dir / "tokenizer.json").unlink()
     llm = LLM.load(checkpoint_dir)

@@ -172,7 +172,10 @@ def decided_model(config: Any, idx: Any, n_new: int) -> Any:
         model = GPT(config).eval()
         for name, parameter in model.named_parameters():
             shift = 0.0 if config.norm_unit_offset or parameter.dim() > 1 or "bias" in name else 1.0
-            torch.nn.init.normal_(parameter, shift, parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3)
+            std = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3
+            if "wte" in name and config.scale_embeddings:  # or the input alone would decide
+                std /= config.n_embd**0.5
+            torch.nn.init.normal_(parameter, shift, std)
         if greedy(model, idx, n_new)["margin"] > MARGIN:
             return model
     raise RuntimeError(f"{config.name}: no model out of 1000 is decided")
