@@ -18,6 +18,7 @@ _MODULE_OF = {
     "find_multiple": "config",
     "find_resume_path": "checkpoint.folders",
     "fix_and_load_json": "tokenizer",
+    "flops_per_param": "plan",
     "get_default_supported_precision": "hardware",
     "init_out_dir": "preflight",
     "instantiate_torch_optimizer": "optimizers",

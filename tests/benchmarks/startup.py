@@ -3,7 +3,7 @@
     python tests/benchmarks/startup.py [ROUNDS]
 
 Bars: `litgpt --help` below 0.3 s; `import litgpt` with GPT and Config touched at most torch's import + 0.1 s;
-`litgpt pretrain --help` at most torch's import + 1.0 s.
+`litgpt pretrain --help` at most torch's import + 1.0 s; `litgpt models` and `litgpt plan` below 1.0 s.
 """
 
 import statistics
@@ -18,6 +18,7 @@ STEPS = {
     "litgpt pretrain --help": ["-m", "litgpt", "pretrain", "--help"],
     "litgpt generate --help": ["-m", "litgpt", "generate", "--help"],
     "litgpt models": ["-m", "litgpt", "models"],
+    "litgpt plan Llama-3.1-8B": ["-m", "litgpt", "plan", "Llama-3.1-8B"],
 }
 
 
