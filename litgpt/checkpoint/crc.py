@@ -6,7 +6,6 @@ Safetensors have no place for one: theirs stand in `checksums.json` beside them.
 """
 
 import json
-import mmap
 import re
 import zipfile
 import zlib
@@ -19,7 +18,7 @@ CHECKSUMS_NAME = "checksums.json"
 ZIP_MAGIC = b"PK\x03\x04"
 _OLD_TORCH_MAGIC = b"\x80\x02"
 _SEAL = re.compile(rb"litgpt crc32 ([0-9a-f]{8})\n")
-_SLICE_BYTES = 1 << 26
+_SLICE_BYTES = 1 << 22
 
 
 class SummingFile:
@@ -35,7 +34,7 @@ class SummingFile:
         """Write all of `data`."""
         data = memoryview(data).cast("B")
         self.file.write(data)
-        self.crc, self.n_bytes = crc32(data, self.crc), self.n_bytes + len(data)
+        self.crc, self.n_bytes = zlib.crc32(data, self.crc), self.n_bytes + len(data)
         return len(data)
 
     def flush(self) -> None:
@@ -68,41 +67,38 @@ def check_crc(path: Path | str) -> None:
         return
     if not has_checksums(path):
         return
-    if not path.stat().st_size:
-        raise damaged(path, "it is empty")
-    with (
-        open(path, "rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-        memoryview(mapped) as data,
-    ):
-        if (is_intact := _is_intact(data)) is not True:
-            _check_records(path, data)
-        if is_intact is False:
-            raise damaged(path, "the checksum of the whole file is wrong")
+    with open(path, "rb") as file:
+        if (is_intact := _is_intact(file)) is not True:
+            _check_records(path, file)
+    if is_intact is False:
+        raise damaged(path, "the checksum of the whole file is wrong")
 
 
-def _is_intact(data: memoryview) -> bool | None:
-    """Whether the checksum of the whole file is right; None if there is none, or nothing that looks like one."""
-    seal = _SEAL.fullmatch(bytes(data[-SEAL_BYTES:]))
-    end = len(data) - SEAL_BYTES - 2
-    if seal is None or bytes(data[end : end + 2]) != SEAL_BYTES.to_bytes(2, "little"):
-        return None if bytes(data[-22:-18]) == b"PK\x05\x06" else False
-    return crc32(b"\0\0", crc32(data[:end])) == int(seal[1], 16)
+def _is_intact(file: BinaryIO) -> bool | None:
+    """Whether the checksum of the whole file is right; None if it has none, as files of torch itself."""
+    n_bytes = file.seek(0, 2)
+    end = max(0, n_bytes - SEAL_BYTES - 2)
+    file.seek(max(0, end - 20))
+    tail = file.read()
+    seal = _SEAL.fullmatch(tail[-SEAL_BYTES:])
+    if seal is None or tail[20:22] != SEAL_BYTES.to_bytes(2, "little"):
+        return None if tail[-22:-18] == b"PK\5\6" else False
+    file.seek(0)
+    return zlib.crc32(b"\0\0", _crc_of(file, end)) == int(seal[1], 16)
 
 
-def _check_records(path: Path, data: memoryview) -> None:
+def _check_records(path: Path, file: BinaryIO) -> None:
     try:
         records = zip_records(path)
     except ValueError as error:
         raise damaged(path, str(error).removeprefix(f"{path} is ")) from None
     for record in records:
-        begin = record.header_offset
-        header = bytes(data[begin : begin + 30])
-        n_name, n_extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
-        name = bytes(data[begin + 30 : begin + 30 + n_name])
-        begin += 30 + n_name + n_extra
+        file.seek(max(0, record.header_offset))
+        header = file.read(30)
+        name = file.read(int.from_bytes(header[26:28], "little"))
+        file.seek(int.from_bytes(header[28:30], "little"), 1)
         is_intact = header[:4] == ZIP_MAGIC and name == record.filename.encode()
-        if not is_intact or crc32(data[begin : begin + record.file_size]) != record.CRC:
+        if not is_intact or _crc_of(file, record.file_size) != record.CRC:
             raise damaged(path, f"the checksum of its record `{record.filename}` is wrong")
 
 
@@ -161,17 +157,14 @@ def _check_listed(path: Path) -> None:
 
 
 def crc_of_file(path: Path) -> int:
-    """The checksum of a whole file, read in slices."""
-    crc, buffer = 0, memoryview(bytearray(1 << 20))
-    with open(path, "rb", buffering=0) as file:
-        while n_read := file.readinto(buffer):
-            crc = zlib.crc32(buffer[:n_read], crc)
-    return crc
+    """The checksum of a whole file."""
+    with open(path, "rb") as file:
+        return _crc_of(file, path.stat().st_size)
 
 
-def crc32(data: Any, crc: int = 0) -> int:
-    """CRC-32 of `data`, going on from `crc`."""
-    data = memoryview(data)
-    for begin in range(0, len(data), _SLICE_BYTES):  # short slices, so that Ctrl-C works on files of many GB
-        crc = zlib.crc32(data[begin : begin + _SLICE_BYTES], crc)
+def _crc_of(file: BinaryIO, n_bytes: int) -> int:
+    """The checksum of the next `n_bytes`, read in slices, so that memory stays small and Ctrl-C works."""
+    crc, buffer = 0, memoryview(bytearray(min(_SLICE_BYTES, max(1, n_bytes))))
+    while n_bytes and (n_read := file.readinto(buffer[:n_bytes])):  # type: ignore[attr-defined]
+        crc, n_bytes = zlib.crc32(buffer[:n_read], crc), n_bytes - n_read
     return crc

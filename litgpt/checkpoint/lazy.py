@@ -12,7 +12,7 @@ from torch import Tensor
 
 from litgpt.checkpoint.folders import damaged
 
-PIECE_BYTES = 1 << 25
+PIECE_BYTES = 1 << 22
 """Size of the pieces in which large tensors are copied, cast and written."""
 
 
@@ -61,9 +61,7 @@ class LazyTensor:
             return (piece.to(dtype) for piece in self.iter_pieces())
 
         def read() -> Tensor:
-            if self.pieces is None:
-                return self.read().to(dtype)
-            return gather(pieces(), self.shape, dtype)
+            return gather(self.iter_pieces(), self.shape, dtype)
 
         return LazyTensor(self.shape, dtype, read, pieces=pieces if self.pieces else None)
 
@@ -87,7 +85,7 @@ class LazyTensor:
 
 
 def gather(pieces: Iterator[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """One tensor out of flat pieces."""
+    """One tensor out of flat pieces, which are cast on the way."""
     whole = torch.empty(shape, dtype=dtype)
     flat, begin = whole.view(-1), 0
     for piece in pieces:
