@@ -2,9 +2,9 @@
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
 import torch
@@ -95,58 +95,65 @@ def gather(pieces: Iterator[Tensor], shape: tuple[int, ...], dtype: torch.dtype)
     return whole
 
 
+class OpenFile:
+    """A file that stays the one it was when it was opened, also when another takes its name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+    def fill(self, tensor: Tensor, begin: int) -> None:
+        """Read the values of a contiguous tensor from the byte `begin` on."""
+        if not tensor.numel():
+            return
+        rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        while len(rest):
+            n_read = self._read_into(rest, begin)
+            if not n_read:
+                raise damaged(self.path, "it became shorter while it was read")
+            rest, begin = rest[n_read:], begin + n_read
+
+    def _read_into(self, buffer: memoryview, begin: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self.descriptor, [buffer], begin)
+        os.lseek(self.descriptor, begin, os.SEEK_SET)
+        data = os.read(self.descriptor, min(len(buffer), PIECE_BYTES))
+        buffer[: len(data)] = data
+        return len(data)
+
+
 def on_disk(
-    path: Path, shape: tuple[int, ...], dtype: torch.dtype, begin: int, view: Callable[[], Tensor] | None
+    file: OpenFile, shape: tuple[int, ...], dtype: torch.dtype, begin: int, view: Callable[[], Tensor] | None
 ) -> LazyTensor:
     """The tensor whose values stand packed in a file, from the byte `begin` on.
 
     Reading goes through the file system, not through the mapping that the views share, so that no pages of it stay.
     """
 
+    def read() -> Tensor:
+        whole = torch.empty(shape, dtype=dtype)
+        file.fill(whole, begin)
+        return whole
+
+    def pieces() -> Iterator[Tensor]:
+        n_values, step = math.prod(shape), max(1, PIECE_BYTES // dtype.itemsize)
+        buffer = torch.empty(min(step, n_values), dtype=dtype)
+        for done in range(0, n_values, step):
+            piece = buffer[: min(step, n_values - done)]
+            file.fill(piece, begin + done * dtype.itemsize)
+            yield piece
+
     def cut(first: int, part: tuple[int, ...]) -> LazyTensor:
         span = slice(first, first + math.prod(part))
         return on_disk(
-            path, part, dtype, begin + first * dtype.itemsize, view and (lambda: view().reshape(-1)[span].view(part))
+            file, part, dtype, begin + first * dtype.itemsize, view and (lambda: view().reshape(-1)[span].view(part))
         )
 
-    return LazyTensor(
-        shape,
-        dtype,
-        read=functools.partial(_read, path, shape, dtype, begin),
-        view=view,
-        pieces=functools.partial(_read_pieces, path, shape, dtype, begin),
-        cut=cut,
-    )
-
-
-def _read(path: Path, shape: tuple[int, ...], dtype: torch.dtype, begin: int) -> Tensor:
-    whole = torch.empty(shape, dtype=dtype)
-    with open(path, "rb", buffering=0) as file:
-        file.seek(begin)
-        _fill(whole, file)
-    return whole
-
-
-def _read_pieces(path: Path, shape: tuple[int, ...], dtype: torch.dtype, begin: int) -> Iterator[Tensor]:
-    n_values, step = math.prod(shape), max(1, PIECE_BYTES // dtype.itemsize)
-    buffer = torch.empty(min(step, n_values), dtype=dtype)
-    with open(path, "rb", buffering=0) as file:
-        file.seek(begin)
-        for done in range(0, n_values, step):
-            piece = buffer[: min(step, n_values - done)]
-            _fill(piece, file)
-            yield piece
-
-
-def _fill(tensor: Tensor, file: FileIO) -> None:
-    if not tensor.numel():
-        return
-    rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-    while len(rest):
-        n_read = file.readinto(rest)
-        if not n_read:
-            raise damaged(Path(str(file.name)), "it became shorter while it was read")
-        rest = rest[n_read:]
+    return LazyTensor(shape, dtype, read, view, pieces, cut)
 
 
 def _slices(tensor: Tensor) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from litgpt.checkpoint.folders import damaged, existing_file, some
-from litgpt.checkpoint.lazy import LazyTensor, on_disk
+from litgpt.checkpoint.lazy import LazyTensor, OpenFile, on_disk
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -34,7 +34,8 @@ def open_safetensors(path: Path | str) -> dict[str, LazyTensor]:
     path = existing_file(path)
     header, start = _read_header(path)
     header.pop("__metadata__", None)
-    n_data, mapping = path.stat().st_size - start, _Mapping(path)
+    n_data, file = path.stat().st_size - start, OpenFile(path)
+    mapping = _Mapping(file)
     tensors, spans = {}, []
     for name, entry in header.items():
         try:
@@ -53,7 +54,7 @@ def open_safetensors(path: Path | str) -> dict[str, LazyTensor]:
             raise damaged(path, f"`{name}` of {dtype_name} {list(shape)} does not take {end - begin} bytes")
         is_aligned = (start + begin) % dtype.itemsize == 0
         view = functools.partial(mapping.view, shape, dtype, start + begin) if is_aligned else None
-        tensors[name] = on_disk(path, shape, dtype, start + begin, view)
+        tensors[name] = on_disk(file, shape, dtype, start + begin, view)
         spans.append((begin, end))
     position = 0
     for begin, end in sorted(spans):
@@ -118,17 +119,16 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 class _Mapping:
     """One file, mapped when the first view of it is asked for."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, file: OpenFile) -> None:
+        self.file = file
 
     @functools.cached_property
     def _bytes(self) -> Tensor:
-        with open(self.path, "rb") as file:
-            if os.name == "nt":
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            else:  # without a reserve, so that a file larger than the memory can be mapped too
-                flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-                mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        if os.name == "nt":
+            mapped = mmap.mmap(self.file.descriptor, 0, access=mmap.ACCESS_COPY)
+        else:  # without a reserve, so that a file larger than the memory can be mapped too
+            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+            mapped = mmap.mmap(self.file.descriptor, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         return torch.frombuffer(mapped, dtype=torch.uint8)
 
     def view(self, shape: tuple[int, ...], dtype: torch.dtype, begin: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from litgpt.checkpoint.atomic import atomic_file
 from litgpt.checkpoint.crc import ZIP_MAGIC, SummingFile, seal_zip, zip_records
 from litgpt.checkpoint.folders import damaged, existing_file
-from litgpt.checkpoint.lazy import LazyTensor, on_disk
+from litgpt.checkpoint.lazy import LazyTensor, OpenFile, on_disk
 
 
 def load_torch(path: Path | str) -> Any:
@@ -58,7 +58,7 @@ def open_torch(path: Path | str) -> dict[str, LazyTensor]:
     """The tensors of a torch file by name, flat in it or under `model`, unread; tied names share one object."""
     path = existing_file(path)
     weights, limit = load_model_part(path), path.stat().st_size
-    mappings = _mappings_of(path) if _is_zip(path) else []
+    mappings, file = _mappings_of(path) if _is_zip(path) else [], OpenFile(path)
     tensors: dict[str, LazyTensor] = {}
     seen: dict[tuple, LazyTensor] = {}
     for name, tensor in weights.items():
@@ -68,17 +68,17 @@ def open_torch(path: Path | str) -> dict[str, LazyTensor]:
             raise damaged(path, f"`{name}` of {list(tensor.shape)} is larger than the file")
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if not tensor.numel() or key not in seen:
-            seen[key] = _lazily(path, tensor.detach(), mappings)
+            seen[key] = _lazily(file, tensor.detach(), mappings)
         tensors[name] = seen[key]
     return tensors
 
 
-def _lazily(path: Path, tensor: Tensor, mappings: list[tuple[int, int, int]]) -> LazyTensor:
+def _lazily(file: OpenFile, tensor: Tensor, mappings: list[tuple[int, int, int]]) -> LazyTensor:
     begin = tensor.data_ptr()
     end = begin + tensor.numel() * tensor.element_size()
     for first, last, offset in mappings:
         if first <= begin and end <= last and tensor.is_contiguous() and tensor.numel():
-            return on_disk(path, tuple(tensor.shape), tensor.dtype, offset + begin - first, view=lambda: tensor)
+            return on_disk(file, tuple(tensor.shape), tensor.dtype, offset + begin - first, view=lambda: tensor)
     return LazyTensor.of(tensor)
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from litgpt.checkpoint import lazy
-from litgpt.checkpoint.lazy import LazyTensor, gather, on_disk
+from litgpt.checkpoint.lazy import LazyTensor, OpenFile, gather, on_disk
 
 
 def test_wrapped_tensor_gives_itself_and_copies():
@@ -54,7 +54,7 @@ def test_tensor_on_disk_is_read_cut_and_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(lazy, "PIECE_BYTES", 20)
     values = torch.arange(24, dtype=torch.int16).view(6, 4)
     (tmp_path / "x").write_bytes(b"head" + values.numpy().tobytes() + b"tail")
-    tensor = on_disk(tmp_path / "x", (6, 4), torch.int16, 4, view=None)
+    tensor = on_disk(OpenFile(tmp_path / "x"), (6, 4), torch.int16, 4, view=None)
     assert torch.equal(tensor.read(), values)
     assert torch.equal(torch.cat([piece.clone() for piece in tensor.iter_pieces()]), values.view(-1))
     part = tensor.span(4, (2, 4)).span(2, (3,))
@@ -62,6 +62,14 @@ def test_tensor_on_disk_is_read_cut_and_read_in_pieces(tmp_path, monkeypatch):
     (tmp_path / "x").write_bytes(b"head")
     with pytest.raises(ValueError, match="x is cut off or damaged"):
         tensor.read()
+
+
+def test_tensor_on_disk_stays_that_of_the_file_that_was_opened(tmp_path):
+    for name, value in (("x", 1.0), ("y", 2.0)):
+        (tmp_path / name).write_bytes(torch.full((4,), value).numpy().tobytes())
+    tensor = on_disk(OpenFile(tmp_path / "x"), (4,), torch.float32, 0, view=None)
+    (tmp_path / "y").replace(tmp_path / "x")
+    assert (tensor.read() == 1).all()
 
 
 def test_gathering_too_little_is_a_bug():
