@@ -161,8 +161,8 @@ def export(folder: Path, only: str, n_new: int) -> tuple[list[dict], list[dict]]
 
 
 def decided_model(config: Any, idx: Any, n_new: int) -> Any:
-    """The first random model that is never in doubt about a token: llama.cpp rounds activations to f16, so that of two
-    tokens with the same logit either may win."""
+    """The first random model that does not repeat itself and is never in doubt about a token: llama.cpp rounds
+    activations to f16, so that of two tokens with the same logit either may win."""
     import torch
 
     from litgpt.model import GPT
@@ -173,10 +173,11 @@ def decided_model(config: Any, idx: Any, n_new: int) -> Any:
         for name, parameter in model.named_parameters():
             shift = 0.0 if config.norm_unit_offset or parameter.dim() > 1 or "bias" in name else 1.0
             std = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3
-            if "wte" in name and config.scale_embeddings:  # or the input alone would decide
+            if parameter is model.transformer.wte.weight and config.scale_embeddings:  # or the input alone would decide
                 std /= config.n_embd**0.5
             torch.nn.init.normal_(parameter, shift, std)
-        if greedy(model, idx, n_new)["margin"] > MARGIN:
+        found = greedy(model, idx, n_new)
+        if found["margin"] > MARGIN and len(set(found["tokens"])) > n_new // 4:
             return model
     raise RuntimeError(f"{config.name}: no model out of 1000 is decided")
 
