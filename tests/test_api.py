@@ -9,7 +9,7 @@ import yaml
 
 import litgpt
 from litgpt import GPT, Config, api, registry
-from litgpt.api import LLM, Preprocessor, benchmark_dict_to_markdown_table, calculate_number_of_devices
+from litgpt.api import LLM, Preprocessor, calculate_number_of_devices
 from litgpt.checkpoint.io import load_weights, save_torch
 from litgpt.config import save_config
 from litgpt.prompts import Alpaca, ChatML, Default, save_prompt_style
@@ -398,11 +398,6 @@ def test_benchmark_generates_once_an_iteration(llm: LLM, monkeypatch: pytest.Mon
     assert figures["Inference speed in tokens/sec"] == pytest.approx(speeds)
     _, figures = llm.benchmark(prompt="The dog", max_new_tokens=5, stream=True)
     assert 0 < figures["Seconds to first token"][0] <= figures["Seconds total"][0]
-
-
-def test_benchmark_table_copes_with_one_value_and_none() -> None:
-    table = benchmark_dict_to_markdown_table({"a": [1.0, 3.0], "b": [None, None], "c": [2.0]})
-    assert table.splitlines()[2:] == ["| a | 2.00 | 1.41 |", "| b | - | - |", "| c | 2.00 | - |"]
 
 
 def test_pull_request_benchmark_prints_two_tables(checkpoint_dir: Path, capsys: pytest.CaptureFixture) -> None:

@@ -59,9 +59,9 @@ def convert_lit_checkpoint(
     if format not in ("hf", "gguf", "pth") or gguf_type not in ("f16", "bf16", "q8_0"):
         raise ValueError(f"format {format!r} with gguf_type {gguf_type!r}: choose hf, gguf or pth; f16, bf16 or q8_0")
     spec, config = load_checkpoint_config(checkpoint_dir)
-    weight_map = _weight_map(spec, format)
+    weight_map, cast_to = _weight_map(spec, format), None if dtype is None else _dtype(dtype)
     try:
-        export = open_export(checkpoint_dir, config, None if dtype is None else _dtype(dtype), weight_map)
+        export = open_export(checkpoint_dir, config, cast_to, weight_map)
         if format == "hf":
             files = write_hf_folder(export, output_dir, max_shard_bytes)
         elif format == "gguf":
@@ -71,7 +71,7 @@ def convert_lit_checkpoint(
     except ValueError as error:
         if spec.name == "gpt":
             raise
-        raise ValueError(f"a {spec.name} model has its own parts, which other programs do not know: {error}") from None
+        raise ValueError(f"this {spec.name} model (a model of your own) is not exported: {error}") from None
     size = sum(file.stat().st_size for file in files)
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
     print(f"{files[0]}{more}: a {export.model_type} model, {size / 1e6:,.1f} MB")
@@ -83,8 +83,7 @@ def _weight_map(spec: ModelSpec, format: str) -> Any:
         raise ValueError(f"no other program knows {spec.name} models; `--format pth` writes their weights alone")
     if spec.weight_map is None and spec.model is not GPT:
         warnings.warn(
-            f"{spec.name} is exported as if it were a plain GPT: what {spec.model.__name__} computes in another way is "
-            "lost",
+            f"{spec.name} is exported as a plain GPT: what {spec.model.__name__} computes in another way is lost",
             stacklevel=3,
         )
     return spec.weight_map
@@ -135,10 +134,9 @@ def _copy_weights(
     """
     lazy = {name: LazyTensor.of(getattr(t, "_load_tensor", lambda t=t: t)()) for name, t in lit_weights.items()}
     for name, tensor in StateDictAdapter(config, model_type).to_hf(lazy).items():
-        if untie_weights and name == "lm_head.weight":
-            continue
-        value = tensor.read() if tensor.view is None else tensor.view()
-        state_dict[name] = value if saver is None else saver.store_early(value)
+        if not (untie_weights and name == "lm_head.weight"):
+            value = (tensor.view or tensor.read)()
+            state_dict[name] = value if saver is None else saver.store_early(value)
 
 
 copy_weights_falcon = partial(_copy_weights, "falcon")
