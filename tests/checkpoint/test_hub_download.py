@@ -314,6 +314,7 @@ def test_server_without_ranges_sends_the_whole_file_again(hub):
     hub.knows_ranges = False
     hub.troubles = [Trouble("/large/" + SHARDS[0], cut_after=100_000)]
     check_whole(download_repo("org/model"), model_files())
+    assert len(hub.asked("/large/" + SHARDS[0])) == 2
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
@@ -428,16 +429,34 @@ def test_disk_that_fills_up_is_said_in_one_line_and_kept_for_the_next_run(hub, m
 # Kills and neighbours
 
 FORKING = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 import huggingface_hub.utils, huggingface_hub.hf_api
 from litgpt.checkpoint.hub_download import download_repo
 
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "ctypes.dlsym"}
+WRITING = os.O_WRONLY | os.O_RDWR
+
+def run(root, last_step):
+    n_steps = 0
+
+    def count(event, arguments):
+        nonlocal n_steps
+        if event in CHANGES or event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING:
+            n_steps += 1
+            if n_steps == last_step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    download_repo("org/model", Path(root))
+    Path(f"{root}.steps").write_text(str(n_steps))
+
 for line in sys.stdin:
     pid = os.fork()
     if not pid:
+        root, last_step = line.split()
         try:
-            download_repo("org/model", Path(line.strip()))
+            run(root, int(last_step))
         except BaseException as error:
             print(repr(error), file=sys.stderr)
             os._exit(1)
@@ -455,9 +474,9 @@ class Forker:
             [sys.executable, "-c", FORKING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def download(self, checkpoint_dir: Path, kill_after: float | None = None) -> int:
-        """Status of the process; SIGKILL if it was killed in time."""
-        self.process.stdin.write(f"{checkpoint_dir}\n")
+    def download(self, checkpoint_dir: Path, kill_after: float | None = None, last_step: int = 0) -> int:
+        """Status of the process; SIGKILL if it was killed, after so many seconds or changes of the disk."""
+        self.process.stdin.write(f"{checkpoint_dir} {last_step}\n")
         self.process.stdin.flush()
         pid = int(self.process.stdout.readline())
         if kill_after is not None:
@@ -501,6 +520,37 @@ def test_kill_at_any_moment_leaves_no_folder_that_looks_complete(hub, tmp_path, 
     finally:
         forker.close()
     assert n_resumed > 0
+
+
+@pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("is_update", [False, True])
+def test_kill_before_each_change_of_the_disk_leaves_all_or_nothing(hub, tmp_path, every, is_update):
+    files, forker, root, old = model_files(), Forker(), tmp_path / "root", tmp_path / "old"
+    before = {**files, SHARDS[1]: content(99)}
+    hub.repos["org/model"].commit({SHARDS[1]: before[SHARDS[1]]})
+    if is_update:
+        assert forker.download(old) == 0
+    hub.repos["org/model"].commit({SHARDS[1]: files[SHARDS[1]]})
+    outcomes = set()
+    try:
+        shutil.copytree(old, root) if is_update else None
+        assert forker.download(root) == 0
+        n_steps = int(Path(f"{root}.steps").read_text())
+        for step in sorted({*range(1, n_steps, every), *range(n_steps - 30, n_steps + 1, min(every, 4))}):
+            shutil.rmtree(root)
+            shutil.copytree(old, root) if is_update else None
+            forker.download(root, last_step=step)
+            folder = root / "org" / "model"
+            is_new = folder.exists() and (folder / SHARDS[1]).read_bytes() == files[SHARDS[1]]
+            if folder.exists():
+                check_files(folder, files if is_new else before)
+            assert folder.exists() or not is_update
+            outcomes.add(is_new)
+            assert forker.download(root) == 0
+            check_whole(folder, files)
+    finally:
+        forker.close()
+    assert outcomes == ({False, True} if is_update else {False})  # a new folder gets its name in the very last step
 
 
 def check_files(folder: Path, files: dict[str, bytes]) -> None:

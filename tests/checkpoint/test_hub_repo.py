@@ -109,7 +109,10 @@ def test_one_failure_ends_the_other_transfers(hub, tmp_path):
     assert len(list(tmp_path.glob("a.safetensors.*.part"))) == 1
 
 
-def test_progress_ends_at_the_sum_of_all_files(hub, tmp_path, capsys):
+@pytest.mark.parametrize("there", [b"", FILES["a.safetensors"][:50_000], FILES["a.safetensors"], bytes(70_000)])
+def test_progress_ends_at_the_sum_of_all_files(hub, tmp_path, capsys, there):
+    repo = HubRepo("org/model")
+    repo._part(repo.files["a.safetensors"], tmp_path).write_bytes(there)
     hub.troubles = [Trouble("/large/", cut_after=100_000)]
-    HubRepo("org/model").download(FILES, tmp_path, show_progress=True)
+    repo.download(FILES, tmp_path, show_progress=True)
     assert "256k/256k" in capsys.readouterr().err.split("\r")[-1]

@@ -104,6 +104,19 @@ def test_pauses_grow_until_there_is_progress(hub, monkeypatch):
     assert pauses == [0.01, 0.02, 0.01, 0.02, 0.04]
 
 
+def test_request_is_given_up_once_another_has_failed(hub):
+    session, calls = HubSession("org/model"), []
+    session.stop.set()
+
+    def act() -> None:
+        calls.append(1)
+        raise ConnectionError("cut")
+
+    with pytest.raises(ConnectionError, match=r"^cut$"):
+        session.patiently(act)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "folder"), OSError(28, "No space left")])
 def test_trouble_of_this_machine_is_not_tried_again(hub, error):
     calls = []
