@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from filelock import FileLock
+from tqdm import tqdm
 
 from litgpt.checkpoint.atomic import put_in_place, remove_leftovers
 from litgpt.checkpoint.folders import WEIGHTS_NAME, find_weights_file
@@ -154,7 +155,7 @@ def _download(repo: HubRepo, target: Path, staging: Path, tokenizer_only: bool, 
     weights = _named_by_index(repo, weights, staging)
     _check_converted(repo, weights, target)
     if lacking := repo.check_space(small + weights, staging):
-        print(f"Downloading {lacking / 1e9:.2f} GB of {repo.repo_id} to {target}", file=sys.stderr)
+        print(f"Downloading {tqdm.format_sizeof(lacking, 'B')} of {repo.repo_id} to {target}", file=sys.stderr)
     repo.download(small + weights, staging, show_progress=sys.stderr.isatty())
 
     wanted = {*small, *weights}

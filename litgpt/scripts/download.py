@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from tqdm import tqdm
+
 from litgpt.checkpoint.hub_download import choose_weights, download_repo
 from litgpt.checkpoint.hub_repo import HubRepo
 from litgpt.checkpoint.hub_session import HubSession, hub_repos, import_hub
@@ -49,7 +51,7 @@ def download_from_hub(
 
         convert_hf_checkpoint(checkpoint_dir=folder, dtype=dtype)
     n_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    print(f"Model in {folder} ({n_bytes / 1e9:.2f} GB). Next: litgpt generate {folder} --prompt 'Hello'")
+    print(f"Model in {folder} ({tqdm.format_sizeof(n_bytes, 'B')}). Next: litgpt generate {folder} --prompt 'Hello'")
 
 
 def find_weight_files(repo_id: str, access_token: str | None) -> tuple[list[str], list[str]]:

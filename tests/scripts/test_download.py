@@ -35,7 +35,7 @@ def test_command_ends_with_the_folder_and_what_to_run_next(hub, capsys):
     main(["download", "org/model"])
     last = capsys.readouterr().out.splitlines()[-1]
     assert (
-        last == "Model in checkpoints/org/model (0.00 GB). Next: litgpt generate checkpoints/org/model --prompt 'Hello'"
+        last == "Model in checkpoints/org/model (1.50MB). Next: litgpt generate checkpoints/org/model --prompt 'Hello'"
     )
     assert Path("checkpoints/org/model/model_config.yaml").is_file()
 
