@@ -66,8 +66,12 @@ def open_safetensors(path: Path | str) -> dict[str, LazyTensor]:
     return tensors
 
 
-def open_index(index: Path | str) -> dict[str, str]:
+def open_index(index: Path | str, is_whole: bool = True) -> dict[str, str]:
     """Tensor name -> file name beside the index, from a `*.index.json`.
+
+    Args:
+        index: The file.
+        is_whole: Whether all files that it names have to be there.
 
     Raises:
         ValueError: It is no such index, or names a file in another folder.
@@ -82,7 +86,7 @@ def open_index(index: Path | str) -> dict[str, str]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or "\\" in name or name in ("..", ""):
             raise ValueError(f"{index} points to `{str(name)[:100]}`: shards must lie in the same folder")
-    if lacking := [name for name in names if not (index.parent / name).is_file()]:
+    if is_whole and (lacking := [name for name in names if not (index.parent / name).is_file()]):
         raise FileNotFoundError(
             f"{index.parent} lacks {len(lacking)} of the {len(names)} files that {index.name} names "
             f"({some(lacking)}); download or copy them again"

@@ -67,8 +67,10 @@ def _numbered(folder: Path, shard: re.Match[str]) -> list[Path]:
 
 
 def files_of(weights_file: Path) -> list[Path]:
-    """All files that `open_weights(weights_file)` reads, an index last."""
+    """All files that `open_weights(weights_file)` reads, an index last; they need not be there."""
+    folder = weights_file.parent
     if weights_file.name.endswith(".index.json"):
-        return [*(weights_file.parent / name for name in sorted(set(open_index(weights_file).values()))), weights_file]
+        shards = sorted(set(open_index(weights_file, is_whole=False).values()))
+        return [*(folder / name for name in shards), weights_file]
     match = _SHARD.fullmatch(weights_file.name)
-    return _numbered(weights_file.parent, match) if match else [weights_file]
+    return _numbered(folder, match) if match else [weights_file]

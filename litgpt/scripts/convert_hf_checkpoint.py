@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from litgpt.checkpoint.atomic import atomic_file, remove_leftovers
+from litgpt.checkpoint.atomic import atomic_file, check_disk_space, remove_leftovers
 from litgpt.checkpoint.crc import CHECKSUMS_NAME, check_crc
 from litgpt.checkpoint.folders import WEIGHTS_NAME, existing_folder, find_weights_file
 from litgpt.checkpoint.hf_config import config_from_hf, read_hf_config
 from litgpt.checkpoint.loading import check_fit, open_model_weights
-from litgpt.checkpoint.tensors import LazyTensor, files_of, write_torch
+from litgpt.checkpoint.tensors import LazyTensor, files_of, open_weights, write_torch
 from litgpt.config import Config, save_config
 from litgpt.registry import ModelSpec, build_model, get_model_spec, load_checkpoint_config
 
@@ -51,29 +51,25 @@ def convert_hf_checkpoint(
     if dtype is not None and dtype.removeprefix("torch.") not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not known: choose {', '.join(DTYPES)}")
     remove_leftovers(folder)
-    target = folder / WEIGHTS_NAME
+    source, target = find_weights_file(folder, but=WEIGHTS_NAME), folder / WEIGHTS_NAME
     spec, config = _find_config(folder, model_name)
-    try:
-        source = find_weights_file(folder, but=WEIGHTS_NAME)
-        tensors = open_model_weights(source, config)
-    except FileNotFoundError:
-        if not (delete_source and target.is_file()):
-            raise
-        _finish_deletion(folder, spec, config)
+    if delete_source and target.is_file() and not all(path.is_file() for path in files_of(source)):
+        _delete_source(source, spec, config)  # an earlier run was ended while it did this
         return
+    tensors = open_model_weights(source, config)
     if dtype is not None:
         tensors = _cast(tensors, DTYPES[dtype.removeprefix("torch.")])
     check_fit(_on_meta(spec, config), tensors, source)
+    n_bytes = sum({id(tensor): tensor.n_bytes for tensor in tensors.values()}.values())
+    check_disk_space(target, n_bytes)
     with atomic_file(folder / "model_config.yaml") as file:
         file.write(_yaml(config))
-    n_bytes = sum({id(tensor): tensor.n_bytes for tensor in tensors.values()}.values())
     show_bar = sys.stderr.isatty() and not debug_mode
     with tqdm(total=n_bytes, unit="B", unit_scale=True, desc=WEIGHTS_NAME, disable=not show_bar) as bar:
         write_torch(target, _watched(tensors, bar, debug_mode))
     print(f"{target}: {len(tensors)} tensors, {target.stat().st_size / 1e6:,.1f} MB")
     if delete_source:
-        check_crc(target)
-        _delete(files_of(source))
+        _delete_source(source, spec, config)
 
 
 def _find_config(folder: Path, model_name: str | None) -> tuple[ModelSpec, Config]:
@@ -89,18 +85,14 @@ def _on_meta(spec: ModelSpec, config: Config) -> torch.nn.Module:
         return build_model(spec, config)
 
 
-def _finish_deletion(folder: Path, spec: ModelSpec, config: Config) -> None:
-    """Go on where a run was ended between its last two steps: the new file is there, a part of the old ones is not."""
-    target = folder / WEIGHTS_NAME
+def _delete_source(source: Path, spec: ModelSpec, config: Config) -> None:
+    """Remove what was converted, after a look at what it became."""
+    target = source.with_name(WEIGHTS_NAME)
     check_crc(target)
-    check_fit(_on_meta(spec, config), open_model_weights(target, config), target)
-    _delete([path for path in folder.iterdir() if re.fullmatch(r"(model|pytorch_model)-\d+-of-\d+\.\w+", path.name)])
-    print(f"{target} is whole; what was left of its source is removed")
-
-
-def _delete(files: list[Path]) -> None:
-    for path in (*files, files[0].with_name(CHECKSUMS_NAME)) if files else ():
+    check_fit(_on_meta(spec, config), open_weights(target), target)
+    for path in (*files_of(source), source.with_name(CHECKSUMS_NAME)):
         path.unlink(missing_ok=True)
+    print(f"{target} was read back and compared; {source.name} and what belongs to it are removed")
 
 
 def _cast(tensors: dict[str, LazyTensor], dtype: torch.dtype) -> dict[str, LazyTensor]:
