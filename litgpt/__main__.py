@@ -12,10 +12,7 @@ from litgpt.parameters import UsageError, did_you_mean
 
 COMMANDS = {
     "Data and tokenizer": {
-        "download": (
-            "litgpt.scripts.download:download_from_hub",
-            "download weights or a tokenizer from the Hugging Face hub",
-        ),
+        "download": ("litgpt.scripts.download:download_from_hub", "get weights or a tokenizer from Hugging Face"),
         "upload": ("litgpt.scripts.upload:setup", "upload a model to the Hugging Face hub"),
         "train_tokenizer": ("litgpt.scripts.train_tokenizer:setup", "train a byte-level BPE tokenizer on your text"),
     },
@@ -45,11 +42,11 @@ COMMANDS = {
         "plan": ("litgpt.scripts.plan:setup", "parameters, FLOPs and memory of a run before it starts"),
         "validate": ("litgpt.scripts.validate:validate_setup", "check a checkpoint folder"),
         "merge_lora": ("", "merge LoRA weights into the base model"),
-        "convert_to_litgpt": (
-            "litgpt.scripts.convert_hf_checkpoint:convert_hf_checkpoint",
-            "convert Hugging Face weights to litgpt",
+        "convert_to_litgpt": ("litgpt.scripts.convert_hf_checkpoint:convert_hf_checkpoint", "import from Hugging Face"),
+        "convert_from_litgpt": (
+            "litgpt.scripts.convert_lit_checkpoint:convert_lit_checkpoint",
+            "export to Hugging Face's format or GGUF",
         ),
-        "convert_from_litgpt": ("litgpt.scripts.convert_lit_checkpoint:convert_lit_checkpoint", "to HF format or GGUF"),
         "convert_pretrained_checkpoint": (
             "litgpt.scripts.convert_pretrained_checkpoint:convert_pretrained_checkpoint",
             "strip a pretraining checkpoint down to its weights",
@@ -110,12 +107,8 @@ def _run(words: list[str], extensions: list[str]) -> None:
         module, _, name = ROWS[command][0].partition(":")
         function = getattr(importlib.import_module(module), name)
         parser = importlib.import_module("litgpt.parser_config")
-        parser.run_command(
-            function,
-            rest,
-            f"litgpt {command}",
-            registered=lambda name: importlib.import_module("litgpt.registry").get_data(name),
-        )
+        get_data = lambda name: importlib.import_module("litgpt.registry").get_data(name)  # noqa: E731
+        parser.run_command(function, rest, f"litgpt {command}", registered=get_data)
 
 
 if __name__ == "__main__":

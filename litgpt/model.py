@@ -2,7 +2,6 @@
 
 It needs torch and `config.py` beside it, nothing else. Data flows `embed -> decode -> unembed`; a variant overrides one
 of the three, or `loss`, or names another part: `class MyBlock(Block): attention_class = MyAttention`.
-
 Letters used for shapes: B batch, T query tokens, S key tokens, C `n_embd`, hs head size, nh heads, G query groups,
 n `rope_n_elem`, E experts, V padded vocabulary.
 """
@@ -25,7 +24,7 @@ else:  # a copy in a fork takes the config.py beside it, never an installed one
     from config import Config, register_mlp, register_norm, rope_kind
 
 IGNORE_INDEX = -100
-LOSS_CHUNK_BYTES = 2**27  # most bytes of float32 logits that training holds at a time
+LOSS_CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**27}  # most bytes of float32 logits that training holds at a time
 
 
 class ModelSize(NamedTuple):
@@ -109,10 +108,9 @@ class GPT(nn.Module):
         lm_head_chunk_size: int = 0, *, targets: Tensor | None = None, mask: Tensor | None = None,
         positions: Tensor | None = None, segment_ids: Tensor | None = None, logits_to_keep: int | Tensor = 0
     ) -> Tensor | list[Tensor] | tuple[Tensor, Tensor]:  # fmt: skip
-        """Logits of each token, or the summed loss when `targets` are given.
+        """Logits of each token of `idx` `(B, T)`, or the summed loss when `targets` are given.
 
         Args:
-            idx: `(B, T)` token ids.
             input_pos: `(T,)`, or `(B, T)` where rows differ: consecutive positions of `idx` in the KV cache to use.
             input_pos_maxp1: Cache slots in use after this call; the rest is left out. T says that it was empty before.
             lm_head_chunk_size: When positive, logits come as a list of chunks of this many tokens.
@@ -144,17 +142,13 @@ class GPT(nn.Module):
         if type(self).unembed is not GPT.unembed or type(self).loss is not GPT.loss:
             return self.loss(self.unembed(x, ctx), targets).float() * n, n
         x, targets = self.final_norm(x).flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
-        chunk = max(1, LOSS_CHUNK_BYTES // (4 * self.config.padded_vocab_size))
+        chunk = max(1, LOSS_CHUNK_BYTES.get(x.device.type, 2**27) // (4 * self.config.padded_vocab_size))
         head, softcap = self.lm_head, self.config.final_logit_softcapping
         if type(head) is nn.Linear:
             return ChunkedHeadLoss.apply(x, head.weight, head.bias, targets, softcap, chunk), n
-
-        def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
-            return summed_cross_entropy(do_softcapping(head(x), softcap), targets)
-
-        recompute = len(x) > chunk and torch.is_grad_enabled()
-        run = partial(checkpoint, chunk_loss, use_reentrant=False) if recompute else chunk_loss
-        return torch.stack([run(*c) for c in zip(x.split(chunk), targets.split(chunk))]).sum(), n
+        rest = zip(x.split(chunk), targets.split(chunk))
+        run = partial(checkpoint, lambda x, t: summed_cross_entropy(do_softcapping(head(x), softcap), t))
+        return torch.stack([run(*part, use_reentrant=False) for part in rest]).sum(), n
 
     @property
     def max_seq_length(self) -> int:
@@ -269,10 +263,9 @@ class GPT(nn.Module):
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch. A tied checkpoint may lack the head; one whose head was trained apart is loaded untied."""
         if self.config.tie_embeddings and (wte := state_dict.get("transformer.wte.weight")) is not None:
-            head = state_dict.get("lm_head.weight")
-            if head is None:
-                state_dict = {**state_dict, "lm_head.weight": wte}
-            elif head.shape == wte.shape and not head.is_meta and not torch.equal(head, wte):
+            head = state_dict.get("lm_head.weight", wte)
+            state_dict = {**state_dict, "lm_head.weight": head}
+            if head is not wte and head.shape == wte.shape and not head.is_meta and not torch.equal(head, wte):
                 warnings.warn("The checkpoint's head differs from its embedding: loaded untied", stacklevel=2)
                 self.config.tie_embeddings = False
                 self.lm_head.weight = nn.Parameter(torch.empty_like(self.lm_head.weight))
@@ -294,14 +287,13 @@ class Block(nn.Module):
         self.config = config
         latent = config.latent_attention and self.attention_class is CausalSelfAttention
         attention_class = MultiheadLatentAttention if latent else self.attention_class
-        dense = config.first_k_dense_replace is not None and block_idx < config.first_k_dense_replace
-        mlp_class = self.mlp_class or (LLaMAMLP if dense else config.mlp_class)
+        mlp_class = LLaMAMLP if block_idx < (config.first_k_dense_replace or 0) else config.mlp_class
         norm = partial(config.norm_class, config.n_embd, eps=config.norm_eps)
         self.norm_1 = norm() if config.norm_1 else nn.Identity()
         self.attn = attention_class(config, block_idx)
         self.post_attention_norm = norm() if config.post_attention_norm else nn.Identity()
         self.norm_2 = None if config.shared_attention_norm else norm() if config.norm_2 else nn.Identity()
-        self.mlp = mlp_class(config)
+        self.mlp = (self.mlp_class or mlp_class)(config)
         self.post_mlp_norm = norm() if config.post_mlp_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.residual_multiplier = 1.0 if config.residual_multiplier is None else config.residual_multiplier
@@ -314,17 +306,16 @@ class Block(nn.Module):
         normed = self.norm_1(x)  # (B, T, C)
         attn = self.attn(normed, cos, sin, mask, input_pos, input_pos_maxp1)
         attn = self.dropout(self.post_attention_norm(attn))
-        if self.config.parallel_residual:
-            normed = normed if self.norm_2 is None else self.norm_2(x)
-            branches = attn + self.dropout(self.post_mlp_norm(self.mlp(normed)))
-            return torch.add(x, branches, alpha=self.residual_multiplier)
-        x = torch.add(x, attn, alpha=self.residual_multiplier)
-        branch = self.dropout(self.post_mlp_norm(self.mlp(self.norm_2(x))))
-        return torch.add(x, branch, alpha=self.residual_multiplier)
+        if not self.config.parallel_residual:
+            x = torch.add(x, attn, alpha=self.residual_multiplier)
+        mlp = self.dropout(self.post_mlp_norm(self.mlp(normed if self.norm_2 is None else self.norm_2(x))))
+        return torch.add(x, attn + mlp if self.config.parallel_residual else mlp, alpha=self.residual_multiplier)
 
 
 class CausalSelfAttention(nn.Module):
     """Multi-head, grouped-query and multi-query attention, with RoPE, sliding window, QK-norm and soft-capping."""
+
+    attn = property(lambda self: self.qkv, doc="The fused projection under its older name.")
 
     def __init__(self, config: Config, block_idx: int = 0) -> None:
         super().__init__()
@@ -342,11 +333,6 @@ class CausalSelfAttention(nn.Module):
         self.cache_shape = (G, hs, hs)  # heads, width of the keys, width of the values
         self.kv_cache: KVCache | None = None
 
-    @property
-    def attn(self) -> nn.Module:
-        """The fused projection under its older name."""
-        return self.qkv
-
     def forward(
         self, x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, mask: TokenMask | Tensor | None = None,
         input_pos: Tensor | None = None, input_pos_maxp1: int | None = None
@@ -358,8 +344,7 @@ class CausalSelfAttention(nn.Module):
             positions = torch.arange(x.size(1), device=x.device) if input_pos is None else input_pos
             cos, sin = rope_tables(self.config, positions, length)
         if self.config.rope_local_base_freq is not None:
-            local = self.config.rope_indices[self.block_idx]
-            cos, sin = cos[..., local], sin[..., local]
+            cos, sin = (z[..., self.config.rope_indices[self.block_idx]] for z in (cos, sin))
         dtype = compute_dtype(x)
         q, k, v = self.project(x, cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2))
         y = self.attend(q, k, v, mask, input_pos, input_pos_maxp1)  # (B, T, nh, hs)
@@ -376,7 +361,7 @@ class CausalSelfAttention(nn.Module):
             q, k = self.norm_q(q), self.norm_k(k)
         if not (self.config.nope_indices and self.config.nope_indices[self.block_idx]):
             q, k = (rotate(z, cos, sin, self.config.rope_interleave) for z in (q, k))
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2).contiguous()  # a view would keep all of qkv
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, input_pos: Tensor | None, input_pos_maxp1: int | None
@@ -411,11 +396,9 @@ class CausalSelfAttention(nn.Module):
         """Attention among tokens that have no history: `(B, T, nh, hs)`."""
         T, causal, softcap = q.size(2), self.config.causal, self.config.attention_logit_softcapping
         window = None if self.window is None or self.window >= T else self.window
-        if mask is None and window is None and (softcap is None or T == 1):
-            return self.scaled_dot_product_attention(q, k, v, is_causal=causal and T > 1)
+        if isinstance(mask, Tensor) or (mask is None and window is None and (softcap is None or T == 1)):
+            return self.scaled_dot_product_attention(q, k, v, mask, mask is None and causal and T > 1)
         order = torch.arange(T, device=q.device)
-        if isinstance(mask, Tensor):
-            return self.scaled_dot_product_attention(q, k, v, mask)
         order = TokenOrder(order, order, causal, window, mask or TokenMask(), same_tokens=True)
         return attend_in_blocks(self, q, k, v, order)
 
@@ -435,9 +418,7 @@ class CausalSelfAttention(nn.Module):
             return explicit_attention(q, k, v, mask, self.scale, softcap, dropout).transpose(1, 2)
         if nh != G and not is_causal and (mask is None or mask.dim() < 3 or mask.size(1) == 1):
             return grouped_attention(q, k, v, mask, dropout, self.scale).transpose(1, 2)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale, enable_gqa=nh != G
-        )
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=self.scale, enable_gqa=nh != G)
         return y.transpose(1, 2)
 
     def build_kv_cache(
@@ -454,10 +435,9 @@ class CausalSelfAttention(nn.Module):
         """Takes checkpoints of old, whose `attn.attn` stores [q..q k v] group by group."""
         for name in ("weight", "bias"):
             if (old := state_dict.pop(f"{prefix}attn.{name}", None)) is not None:
-                G, hs = self.config.n_query_groups, self.config.head_size
-                q_per_kv = self.config.n_head // G
-                parts = old.view(G, q_per_kv + 2, hs, *old.shape[1:]).split((q_per_kv, 1, 1), dim=1)
-                state_dict[f"{prefix}qkv.{name}"] = torch.cat([p.reshape(-1, *old.shape[1:]) for p in parts])
+                old = old.unflatten(0, (self.config.n_query_groups, -1, self.config.head_size))
+                parts = old[:, :-2].flatten(0, 2), old[:, -2].flatten(0, 1), old[:, -1].flatten(0, 1)
+                state_dict[f"{prefix}qkv.{name}"] = torch.cat(parts)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -470,20 +450,19 @@ class MultiheadLatentAttention(CausalSelfAttention):
         nh, C, rank = config.n_head, config.n_embd, config.kv_lora_rank
         if config.q_lora_rank:
             self.q_a_proj = nn.Linear(C, config.q_lora_rank, bias=config.attn_bias)
-            self.q_a_norm = RMSNorm(config.q_lora_rank, eps=config.norm_eps)
+            self.q_a_norm = RMSNorm(config.q_lora_rank, eps=1e-6)  # whatever norm_eps is
             self.q_b_proj = nn.Linear(config.q_lora_rank, nh * config.qk_head_dim, bias=config.bias)
         else:
             self.q_proj = nn.Linear(C, nh * config.qk_head_dim, bias=config.bias)
         self.kv_a_proj_with_mqa = nn.Linear(C, rank + config.qk_rope_head_dim, bias=config.attn_bias)
-        self.kv_a_norm = RMSNorm(rank, eps=config.norm_eps)
+        self.kv_a_norm = RMSNorm(rank, eps=1e-6)
         self.kv_b_proj = nn.Linear(rank, nh * (config.qk_nope_head_dim + config.v_head_dim), bias=config.bias)
         self.proj = nn.Linear(nh * config.v_head_dim, C, bias=config.attn_bias)
         self.window = layer_window(config, block_idx)
         self.scale = 1.0 / math.sqrt(config.attention_scores_scalar or config.qk_head_dim)
         if (yarn := config.rope_adjustments or {}).get("mscale_all_dim"):
             self.scale *= yarn_get_mscale(yarn["factor"], yarn["mscale_all_dim"]) ** 2
-        self.cache_shape = (1, rank, config.qk_rope_head_dim)
-        self.kv_cache: KVCache | None = None
+        self.cache_shape, self.kv_cache = (1, rank, config.qk_rope_head_dim), None
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `(B, nh, T, nope + rope)`, latents `(B, 1, T, rank)`, rotary keys `(B, 1, T, rope)` of all heads."""
@@ -521,10 +500,6 @@ class MultiheadLatentAttention(CausalSelfAttention):
         return y[..., :d_v].transpose(1, 2)
 
 
-GPT.block_class = Block
-Block.attention_class = CausalSelfAttention
-
-
 @dataclass
 class TokenOrder:
     """Who sees whom, as positions. Boolean masks are built from it for the block at hand, never T x T at once."""
@@ -551,8 +526,7 @@ class TokenOrder:
         seen = (k >= 0) & (k <= q if self.causal else k == k)
         if self.window is not None:
             seen = seen & (k > q - self.window) & (k < q + self.window)
-        if seen.dim() == 3:
-            seen = seen.unsqueeze(1)  # (B, 1, t, s)
+        seen = seen.unsqueeze(1) if seen.dim() == 3 else seen  # (B, 1, t, s)
         if (real := self.tokens.real) is not None:
             seen = (seen & real[:, None, None, cols]) | (q == k)  # padding sees itself: no softmax is empty
         if (segments := self.tokens.segment_ids) is not None:
@@ -602,10 +576,9 @@ def explicit_attention(
 
 
 class KVCache(nn.Module):
-    """Keys and values of the tokens so far, written in place; with a sliding window a ring of the last ones.
-
-    A full cache keeps position p in slot p, a ring of W slots in slot p mod W: where the token of a slot stands follows
-    from the row's last position alone. A ring cannot go back: what it has overwritten is gone."""
+    """Keys and values of the tokens so far, written in place; with a sliding window a ring of the last ones. Position p
+    is kept in slot p, in a ring of W slots in slot p mod W, so where the token of a slot stands follows from the row's
+    last position alone. A ring cannot go back: what it has overwritten is gone."""
 
     def __init__(
         self, k_shape: tuple[int, int, int, int], v_shape: tuple[int, int, int, int],
@@ -638,8 +611,7 @@ class KVCache(nn.Module):
         return k_slots, v_slots
 
     def positions(self, last: Tensor) -> Tensor:
-        """Position of the token in each slot, `(S,)` or `(B, S)`, when `last` `(1,)` or `(B, 1)` was written last.
-        Empty slots of a ring are negative, those of a full cache lie ahead of every query."""
+        """Position of the token in each slot, `(S,)` or `(B, S)`, after `last` `(1,)` or `(B, 1)`; below 0 = empty."""
         slots = torch.arange(self.k.size(2), device=self.k.device)
         return last - (last - slots) % self.k.size(2) if self.is_ring else slots
 
@@ -654,10 +626,9 @@ class GptNeoxMLP(nn.Module):
 
     def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
         super().__init__()
-        width = intermediate_size or config.intermediate_size
+        self.config, width = config, intermediate_size or config.intermediate_size
         self.fc = nn.Linear(config.n_embd, width, bias=config.bias)
         self.proj = nn.Linear(width, config.n_embd, bias=config.bias)
-        self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.gelu(self.fc(x), approximate=self.config.gelu_approximate))
@@ -667,25 +638,45 @@ class GptNeoxMLP(nn.Module):
 class LLaMAMLP(nn.Module):
     """SwiGLU: `proj(silu(fc_1(x)) * fc_2(x))` (arXiv 2002.05202)."""
 
+    act = staticmethod(F.silu)
+
     def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
         super().__init__()
-        width = intermediate_size or config.intermediate_size
+        self.config, width = config, intermediate_size or config.intermediate_size
         self.fc_1 = nn.Linear(config.n_embd, width, bias=config.bias)
         self.fc_2 = nn.Linear(config.n_embd, width, bias=config.bias)
         self.proj = nn.Linear(width, config.n_embd, bias=config.bias)
-        self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(compute_dtype(x))  # one cast for both layers
-        return self.proj(F.silu(self.fc_1(x)) * self.fc_2(x))
+        gate, up = self.fc_1(x), self.fc_2(x)
+        keep = torch.compiler.is_compiling() or not torch.is_grad_enabled()  # a compiler decides for itself
+        return self.proj(self.act(gate) * up if keep else GatedActivation.apply(gate, up, self.act))
 
 
 @register_mlp
 class GemmaMLP(LLaMAMLP):
     """The gated MLP with a GELU."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.gelu(self.fc_1(x), approximate=self.config.gelu_approximate) * self.fc_2(x))
+    def act(self, gate: Tensor) -> Tensor:
+        return F.gelu(gate, approximate=self.config.gelu_approximate)
+
+
+class GatedActivation(torch.autograd.Function):
+    """`act(gate) * up`, of which only the two inputs are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Any) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return act(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            activated = ctx.act(gate := gate.detach().requires_grad_())
+        return *torch.autograd.grad(activated, gate, grad * up), grad * activated.detach(), None
 
 
 @register_mlp
@@ -694,11 +685,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
         super().__init__()
-        width = intermediate_size or config.intermediate_size
+        self.config, width = config, intermediate_size or config.intermediate_size
         self.fc_1 = nn.Linear(config.n_embd, width, bias=config.bias)
         self.act = nn.GELU(approximate=config.gelu_approximate)
         self.fc_2 = nn.Linear(width, config.n_embd, bias=config.bias)
-        self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc_2(self.act(self.fc_1(x)))
@@ -792,16 +782,32 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The same shape and dtype."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(dim=self.dim, keepdim=True) + self.eps)
         weight = self.weight.float() + 1 if self.add_unit_offset else self.weight
-        return (wide * weight).to(dtype=x.dtype)
+        return RootMeanSquare.apply(x, weight, self.dim, self.eps)
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, 0.0 if self.add_unit_offset else 1.0)
 
 
-register_norm(nn.LayerNorm)
+class RootMeanSquare(torch.autograd.Function):
+    """The arithmetic of `RMSNorm`, which keeps its input and one number a token for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dim: int, eps: float) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(dim=dim, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.dim = dim
+        return (wide * scale * weight).to(dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        normed, grad = x.float() * scale, grad.float()
+        grad_weight = (grad * normed).flatten(0, -2).sum(dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad = grad * weight
+        grad = (grad - normed * (grad * normed).mean(dim=ctx.dim, keepdim=True)) * scale
+        return grad.to(x.dtype), grad_weight, None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -> Tensor:
@@ -809,38 +815,29 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -> Ten
     Partners are half of n apart; with `interleave` they come as neighbours and leave half of n apart (DeepSeek)."""
     half = cos.size(-1) // 2
     x1, x2, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
-    if interleave:
-        x1, x2 = torch.cat((x1, x2), dim=-1).unflatten(-1, (half, 2)).unbind(-1)
+    x1, x2 = torch.cat((x1, x2), dim=-1).unflatten(-1, (half, 2)).unbind(-1) if interleave else (x1, x2)
     c, s = cos[..., :half], sin[..., :half]
     return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s, rest), dim=-1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleave: bool = False) -> Tensor:
     """Rotates `x` `(B, nh, T, n)` by `cos` and `sin` `(T, n)` or `(B, T, n)`, in the dtype of `x`."""
-    if cos.dim() == 3:
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (B, 1, T, n)
+    cos, sin = (z.unsqueeze(1) if z.dim() == 3 else z for z in (cos, sin))  # (T, n) or (B, 1, T, n)
     return rotate(x, cos, sin, interleave).to(x.dtype)
-
-
-apply_rope_interleave = partial(apply_rope, interleave=True)
 
 
 def rope_tables(config: Config, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines `(.., n)` of any positions, also fractional; LongRoPE asks for the length of the text."""
-    return build_rope_cache(
-        length, config.rope_n_elem, positions.device, config.rope_base, config.rope_condense_ratio,
-        config.rope_adjustments, config.rope_local_base_freq, positions=positions
-    )  # fmt: skip
+    rope = config.rope_base, config.rope_condense_ratio, config.rope_adjustments, config.rope_local_base_freq
+    return build_rope_cache(length, config.rope_n_elem, positions.device, *rope, positions=positions)
 
 
 def build_rope_cache(
     seq_len: int, n_elem: int, device: torch.device | None = None, base: float = 10000, condense_ratio: int = 1,
     extra_config: dict | None = None, rope_local_base_freq: float | None = None, positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Cosines and sines `(.., n_elem)` of `positions` (default: all, 0..seq_len-1), in float32.
-
-    With a local base they are `(.., n_elem, 2)`: global, local. See `rope_frequencies` for `extra_config`.
-    """
+    """Cosines and sines `(.., n_elem)` of `positions` (default: 0..seq_len-1), in float32; with a local base they are
+    `(.., n_elem, 2)`: global, local. See `rope_frequencies` for `extra_config`."""
     positions = torch.arange(seq_len, device=device) if positions is None else positions
     freqs, factor = rope_frequencies(n_elem, base, extra_config, seq_len, positions.device)
     angles = (positions.float() / condense_ratio).unsqueeze(-1) * freqs
@@ -855,12 +852,10 @@ def build_rope_cache(
 def rope_frequencies(
     n_elem: int, base: float, extra_config: dict | None, length: int, device: torch.device | None = None
 ) -> tuple[Tensor, float]:
-    """Angle per position of each of the n / 2 pairs, in float32, and the factor on cosines and sines.
-
-    The keys of `extra_config` pick the method: `factor` alone divides all frequencies (arXiv 2306.15595);
-    `low_freq_factor, high_freq_factor` is Llama 3's; `beta_fast, beta_slow` is YaRN (arXiv 2309.00071);
-    `short_factor, long_factor` is LongRoPE (arXiv 2402.13753), where `length` decides between the two.
-    """
+    """Angle per position of each of the n / 2 pairs, in float32, and the factor on cosines and sines. The keys of
+    `extra_config` pick the method: `factor` alone divides all frequencies (arXiv 2306.15595); `low_freq_factor,
+    high_freq_factor` is Llama 3's; `beta_fast, beta_slow` is YaRN (arXiv 2309.00071); `short_factor, long_factor` is
+    LongRoPE (arXiv 2402.13753), where `length` decides between the two."""
     freqs = 1.0 / base ** (torch.arange(0, n_elem - n_elem % 2, 2, device=device).float() / n_elem)  # (n / 2,)
     if (kind := rope_kind(extra_config)) is None:
         return freqs, 1.0
@@ -935,16 +930,16 @@ class ChunkedHeadLoss(torch.autograd.Function):
                     total -= (log_p.gather(1, picked) * real).sum()
                     if need_x or need_w:
                         grad = log_p.exp_().scatter_add_(1, picked, -real.float()).mul_(real)
-                        grad = grad if softcap is None else grad.mul_(1 - (part / softcap).square_())
-                        row.copy_(grad)
+                        row.copy_(grad if softcap is None else grad.mul_(1 - (part / softcap).square_()))
                 if need_x:
                     grad_x[i : i + chunk] = logits @ w
                 if need_w:
                     grad_w = torch.empty_like(weight) if grad_w is None else grad_w
-                    for g, part in zip(grad_w.split(2**13), logits.split(2**13, dim=1)):  # a whole one is slow to copy
+                    for g, part in zip(grad_w.split(2**12), logits.split(2**12, dim=1)):  # a whole one is slow to copy
                         (g.add_ if i else g.copy_)(part.t() @ xc)
                     if bias is not None:
                         grad_b = logits.sum(dim=0, dtype=torch.float32) + (0 if grad_b is None else grad_b)
+                logits = row = part = log_p = grad = None  # else the next chunk comes on top of this one
         ctx.grads = [grad_x, grad_w, None if grad_b is None else grad_b.to(bias.dtype)]
         return total
 
@@ -998,3 +993,8 @@ def spread(idx: Tensor, dim: int, shape: tuple[int, ...]) -> Tensor:
 def build_mask_cache(max_seq_length: int, device: torch.device | None = None) -> Tensor:
     """Causal mask `(1, 1, max_seq_length, max_seq_length)`, True = may attend. The model itself never builds one."""
     return torch.ones(max_seq_length, max_seq_length, device=device, dtype=torch.bool).tril()[None, None]
+
+
+apply_rope_interleave = partial(apply_rope, interleave=True)
+register_norm(nn.LayerNorm)
+GPT.block_class, Block.attention_class = Block, CausalSelfAttention

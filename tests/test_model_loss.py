@@ -28,7 +28,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def use_chunks(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
-    monkeypatch.setattr(litgpt.model, "LOSS_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setitem(litgpt.model.LOSS_CHUNK_BYTES, "cpu", chunk_bytes)
 
 
 def plain_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -127,10 +127,17 @@ def test_second_backward_is_refused(batch):
 def test_autocast_agrees_with_the_logits_under_autocast(chunk_bytes, variant, batch, monkeypatch):
     use_chunks(monkeypatch, chunk_bytes)
     model = build_model(variant, lm_head_bias=True)
+    true_grads = gradients(model, model(batch[0], targets=batch[1])[0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_same_training(model, *batch, tolerance=BF16_TOLERANCE)
+        plain_grads = gradients(model, plain_loss(model(batch[0]), batch[1]))
         total, _ = model(batch[0], targets=batch[1])
         logits = model(batch[0])
+    # two ways to round lie apart by more than either is off, so each is compared with float32
+    grads = gradients(model, total)
+    errors, plain_errors = (
+        {name: (g[name] - true).norm() / true.norm() for name, true in true_grads.items()} for g in (grads, plain_grads)
+    )
+    assert sum(errors.values()) <= 1.1 * sum(plain_errors.values())
     assert logits.dtype == torch.bfloat16
     # the loss of the same rounded logits; soft-capping is done in float32 here, which is not
     exact = TOLERANCE if model.config.final_logit_softcapping is None else BF16_TOLERANCE

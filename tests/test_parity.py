@@ -166,6 +166,7 @@ ROWS = {
     "qwen3-moe, window": Row(
         "qwen3_moe", GQA | EXPERTS | WINDOW | dict(norm_topk_prob=True, use_sliding_window=True)),
     "deepseek-v3": Row("deepseek_v3", DEEPSEEK_3),
+    "deepseek-v3, another eps": Row("deepseek_v3", DEEPSEEK_3 | dict(rms_norm_eps=1e-5)),
     "deepseek-v3, yarn": Row("deepseek_v3", DEEPSEEK_3 | LATENT_YARN),
     "deepseek-v3, plain queries, halves": Row(
         "deepseek_v3", DEEPSEEK_3 | dict(q_lora_rank=None, rope_interleave=False, norm_topk_prob=False)),

@@ -66,7 +66,6 @@ _GEMMA = dict(**_RMS, **_TIED, head_dim=256, hidden_activation="gelu_pytorch_tan
 _GEMMA_2 = _GEMMA | _WINDOW | dict(query_pre_attn_scalar=256)
 _MULTIPLIERS = dict(embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0, attention_multiplier=1.0)
 _LATENT = dict(q_lora_rank=1536, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128)
-_DEEPSEEK_ONLY = dict(rms_norm_eps=(1e-6,))  # their norms of the latents know no other
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", LlamaConfig, _keys(32000, 4096, 11008, 32, 32, None, 2048, **_RMS, **_BIASES)),
@@ -120,13 +119,13 @@ FAMILIES: dict[str, Family] = {
         n_shared_experts=2, num_experts_per_tok=None, moe_intermediate_size=1407, n_group=None, topk_group=None,
         topk_method="greedy", first_k_dense_replace=0, routed_scaling_factor=1.0), "head_dim"),
         dict(router_scoring="softmax", n_topk_scores_per_group=1, norm_topk_prob=False), dict(
-            **_DEEPSEEK_ONLY, mlp_bias=(False,), scoring_func=("softmax",), norm_topk_prob=(False,)),
+            mlp_bias=(False,), scoring_func=("softmax",), norm_topk_prob=(False,)),
         dict(scoring_func="softmax", moe_layer_freq=1)),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", DeepseekConfig, _without(_keys(
         129280, 7168, 18432, 61, 128, 128, 4096, **_RMS, attention_bias=False, **_LATENT, n_routed_experts=256,
         n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=2048, n_group=8, topk_group=4,
         first_k_dense_replace=3, routed_scaling_factor=2.5, norm_topk_prob=True, rope_interleave=True), "head_dim"),
-        {}, dict(**_DEEPSEEK_ONLY, scoring_func=("sigmoid",), topk_method=("noaux_tc",)), dict(
+        {}, dict(scoring_func=("sigmoid",), topk_method=("noaux_tc",)), dict(
             scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1,
             num_nextn_predict_layers=0)),  # what predicts more tokens at once is not part of our model
     "granite": Family("GraniteForCausalLM", LlamaConfig, _keys(
