@@ -13,11 +13,10 @@ from dataclasses import replace
 from functools import reduce
 from math import prod
 
-import torch
-
 from litgpt.checkpoint.folders import some
 from litgpt.checkpoint.layouts import dequantize_fp8, join, order_heads, same, unstack_experts
 from litgpt.checkpoint.lazy import LazyTensor
+from litgpt.checkpoint.meta import meta_device
 from litgpt.checkpoint.weight_maps import (
     NUMBER,
     TEXT_PART,
@@ -210,7 +209,7 @@ def lit_shapes(config: Config) -> dict[str, Shape]:
     sample = copy.copy(config)
     n_dense = config.first_k_dense_replace or 0
     sample.n_layer = min(config.n_layer, n_dense + 1)  # layers of one kind are alike
-    with torch.device("meta"):
+    with meta_device():
         state = GPT(sample).state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     last = f"transformer.h.{sample.n_layer - 1}."

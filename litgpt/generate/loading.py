@@ -1,15 +1,13 @@
 """A checkpoint folder as a model ready for inference on one device, in plain torch: Fabric's import costs seconds."""
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from litgpt.checkpoint.io import load_model_weights
+from litgpt.checkpoint.loading import load_model_weights
+from litgpt.checkpoint.meta import meta_device
 from litgpt.config import Config
 from litgpt.hardware import calculate_number_of_devices, get_default_supported_precision
 from litgpt.registry import ModelSpec, build_model
@@ -68,22 +66,12 @@ def load_model(
 ) -> nn.Module:
     """The model of a checkpoint in evaluation mode; the weights are read once, straight from the mapped file."""
     try:
-        with torch.device("meta"), _WithoutInit():
+        with meta_device():
             model = build_model(spec, config)
     except (NotImplementedError, RuntimeError):
         model = build_model(spec, config)  # its constructor reads values of tensors
-    load_model_weights(model, checkpoint_dir)
+    load_model_weights(model, checkpoint_dir, dtype=dtype)
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         model = build_model(spec, config)  # its constructor computes buffers that no checkpoint holds
-        load_model_weights(model, checkpoint_dir)
+        load_model_weights(model, checkpoint_dir, dtype=dtype)
     return model.to(device=device, dtype=dtype).eval()
-
-
-class _WithoutInit(TorchFunctionMode):
-    """Leaves out `torch.nn.init`: on the meta device it has no effect, but imports a compiler, which costs a second."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)

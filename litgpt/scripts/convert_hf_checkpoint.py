@@ -17,6 +17,7 @@ from litgpt.checkpoint.crc import CHECKSUMS_NAME, check_crc
 from litgpt.checkpoint.folders import WEIGHTS_NAME, existing_folder, find_weights_file
 from litgpt.checkpoint.hf_config import config_from_hf, read_hf_config
 from litgpt.checkpoint.loading import check_fit, open_model_weights
+from litgpt.checkpoint.meta import meta_device
 from litgpt.checkpoint.tensors import LazyTensor, files_of, open_weights, write_torch
 from litgpt.config import Config, save_config
 from litgpt.registry import ModelSpec, build_model, get_model_spec, load_checkpoint_config
@@ -81,7 +82,7 @@ def _find_config(folder: Path, model_name: str | None) -> tuple[ModelSpec, Confi
 
 
 def _on_meta(spec: ModelSpec, config: Config) -> torch.nn.Module:
-    with torch.device("meta"):
+    with meta_device():
         return build_model(spec, config)
 
 

@@ -9,6 +9,7 @@ import torch
 from litgpt.checkpoint.crc import check_crc, has_checksums
 from litgpt.checkpoint.folders import WEIGHTS_NAME, existing_folder, find_weights_file, some
 from litgpt.checkpoint.loading import check_fit, open_model_weights
+from litgpt.checkpoint.meta import meta_device
 from litgpt.checkpoint.tensors import files_of
 from litgpt.config import Config
 from litgpt.plan import estimate_model_memory
@@ -109,7 +110,7 @@ def _read_config(folder: Path) -> tuple[str, tuple[ModelSpec, Config]]:
 
 
 def _compare_names(weights: Path, spec: ModelSpec, config: Config) -> tuple[str, bool]:
-    with torch.device("meta"):
+    with meta_device():
         model = build_model(spec, config)
     tensors = open_model_weights(weights, config)
     check_fit(model, tensors, weights)

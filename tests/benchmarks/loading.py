@@ -81,11 +81,11 @@ def load(folder: Path, dtype: str | None) -> None:
     import torch
 
     from litgpt.checkpoint.loading import load_model_weights
-    from litgpt.generate.loading import _WithoutInit
+    from litgpt.checkpoint.meta import meta_device
     from litgpt.registry import build_model, load_checkpoint_config
 
     spec, config = load_checkpoint_config(folder)
-    with torch.device("meta"), _WithoutInit():
+    with meta_device():
         model = build_model(spec, config)
     load_model_weights(model, folder, dtype=dtype and getattr(torch, dtype))
     for parameter in model.parameters():  # use every value, as a forward pass does
