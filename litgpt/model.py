@@ -447,22 +447,21 @@ class MultiheadLatentAttention(CausalSelfAttention):
     def __init__(self, config: Config, block_idx: int = 0) -> None:
         nn.Module.__init__(self)
         self.config, self.block_idx = config, block_idx
-        nh, C, rank = config.n_head, config.n_embd, config.kv_lora_rank
+        nh, C, rank, rope = config.n_head, config.n_embd, config.kv_lora_rank, config.qk_rope_head_dim
         if config.q_lora_rank:
             self.q_a_proj = nn.Linear(C, config.q_lora_rank, bias=config.attn_bias)
             self.q_a_norm = RMSNorm(config.q_lora_rank, eps=1e-6)  # whatever norm_eps is
             self.q_b_proj = nn.Linear(config.q_lora_rank, nh * config.qk_head_dim, bias=config.bias)
         else:
             self.q_proj = nn.Linear(C, nh * config.qk_head_dim, bias=config.bias)
-        self.kv_a_proj_with_mqa = nn.Linear(C, rank + config.qk_rope_head_dim, bias=config.attn_bias)
+        self.kv_a_proj_with_mqa = nn.Linear(C, rank + rope, bias=config.attn_bias)
         self.kv_a_norm = RMSNorm(rank, eps=1e-6)
         self.kv_b_proj = nn.Linear(rank, nh * (config.qk_nope_head_dim + config.v_head_dim), bias=config.bias)
         self.proj = nn.Linear(nh * config.v_head_dim, C, bias=config.attn_bias)
-        self.window = layer_window(config, block_idx)
         self.scale = 1.0 / math.sqrt(config.attention_scores_scalar or config.qk_head_dim)
         if (yarn := config.rope_adjustments or {}).get("mscale_all_dim"):
             self.scale *= yarn_get_mscale(yarn["factor"], yarn["mscale_all_dim"]) ** 2
-        self.cache_shape, self.kv_cache = (1, rank, config.qk_rope_head_dim), None
+        self.window, self.kv_cache, self.cache_shape = layer_window(config, block_idx), None, (1, rank, rope)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `(B, nh, T, nope + rope)`, latents `(B, 1, T, rank)`, rotary keys `(B, 1, T, rope)` of all heads."""
@@ -513,11 +512,14 @@ class TokenOrder:
 
     def keys(self, rows: slice) -> slice:
         """The keys that the queries `rows` may need."""
-        start, stop = 0, self.k_pos.size(-1)
+        start, stop, segments = 0, self.k_pos.size(-1), self.tokens.segment_ids
         if self.same_tokens and self.window is not None:
             start, stop = max(0, rows.start - self.window + 1), min(stop, rows.stop + self.window - 1)
-        if self.same_tokens and self.causal:  # in few lengths, or the allocator cannot use memory again
-            stop = min(stop, -(-rows.stop // 512) * 512)
+        if self.same_tokens and self.causal:
+            stop = min(stop, rows.stop)
+            if segments is not None and segments.device.type == "cpu" and not torch.compiler.is_compiling():
+                before = (segments[:, : rows.start] == segments[:, rows.start, None]).sum(dim=1).max()
+                start = max(start, rows.start - int(before))  # the first document that reaches into `rows`
         return slice(start, stop)
 
     def visible(self, rows: slice, cols: slice) -> Tensor:
@@ -538,9 +540,9 @@ def attend_in_blocks(attn: CausalSelfAttention, q: Tensor, k: Tensor, v: Tensor,
     """Runs `attn`'s kernel over blocks of queries, so that masks stay small and far keys are not read."""
     T, S, softcap = q.size(2), k.size(2), attn.config.attention_logit_softcapping
     n_scores = q.size(1) // k.size(1) if softcap is None else 2 * q.size(0) * q.size(1)
-    size = max(8, 2**22 // (S * n_scores))
-    if order.same_tokens and order.window is not None:
-        size = min(max(128, order.window // 4), max(8, 2**22 // (order.window * n_scores)))
+    near = order.window if order.same_tokens else None  # keys that a query needs, where that is few
+    size = max(8, 2**22 // ((near or S) * n_scores))
+    size = min(size, max(128, (near or 0) // 4)) if near or order.tokens.segment_ids is not None else size
     blocks, y = [], None
     for start in range(0, T, size):
         rows = slice(start, min(start + size, T))
@@ -616,8 +618,7 @@ class KVCache(nn.Module):
         return last - (last - slots) % self.k.size(2) if self.is_ring else slots
 
     def reset_parameters(self) -> None:
-        self.k.zero_()
-        self.v.zero_()
+        torch._foreach_zero_([self.k, self.v])
 
 
 @register_mlp
@@ -781,7 +782,6 @@ class RMSNorm(nn.Module):
         self.eps, self.dim, self.add_unit_offset = eps, dim, add_unit_offset
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same shape and dtype."""
         weight = self.weight.float() + 1 if self.add_unit_offset else self.weight
         return RootMeanSquare.apply(x, weight, self.dim, self.eps)
 
