@@ -148,7 +148,10 @@ def load_checkpoint_config(checkpoint_dir: str | Path) -> tuple[ModelSpec, Confi
     path = Path(checkpoint_dir) / "model_config.yaml"
     if not path.is_file() and path.with_name("config.json").is_file():
         return _models["gpt"], config_from_hf(read_hf_config(checkpoint_dir), Path(checkpoint_dir).name)
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except yaml.YAMLError:
+        values = None  # from_checkpoint says what is wrong
     name = values.get("model_type", "gpt") if isinstance(values, dict) else "gpt"
     if name not in _models:
         _load_entry_points()

@@ -19,6 +19,12 @@ ZIP_MAGIC = b"PK\x03\x04"
 _OLD_TORCH_MAGIC = b"\x80\x02"
 _SEAL = re.compile(rb"litgpt crc32 ([0-9a-f]{8})\n")
 _SLICE_BYTES = 1 << 22
+_FREE_BYTES = 1 << 20
+"""Below this, what is parsed may take many times its size in memory."""
+
+
+class Refused(ValueError):
+    """A file that could be read, but asks for something that no weights file needs."""
 
 
 class SummingFile:
@@ -111,19 +117,39 @@ def has_checksums(path: Path) -> bool:
 
 
 def zip_records(path: Path) -> list[zipfile.ZipInfo]:
-    """The table of contents of a torch file; refuses what could make it larger in memory than on disk."""
+    """The table of contents of a torch file; refuses what could make it much larger in memory than on disk."""
+    size = path.stat().st_size
     try:
         if not is_complete(path):
             raise ValueError
+        if (n_table := _table_bytes(path)) > max(_FREE_BYTES, size // 8):
+            raise Refused(f"{path} is refused: a table of contents of {n_table:,} bytes in a file of {size:,}")
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
+    except Refused:
+        raise
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OverflowError):
         raise damaged(path, "the table of contents at its end is missing") from None
     if packed := [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]:
-        raise ValueError(f"{path} is refused: its record `{packed[0]}` is compressed, which torch never does")
-    if sum(record.file_size for record in records) > path.stat().st_size:
-        raise ValueError(f"{path} is refused: its records overlap, so that it would grow while it is read")
+        raise Refused(f"{path} is refused: its record `{some(packed[:1])}` is compressed, which torch never does")
+    if sum(record.file_size for record in records) > size:
+        raise Refused(f"{path} is refused: its records overlap, so that it would grow while it is read")
+    n_pickle = sum(record.file_size for record in records if record.filename.endswith(".pkl"))
+    if n_pickle > max(_FREE_BYTES, size // 8):
+        raise Refused(f"{path} is refused: a pickle of {n_pickle:,} bytes in a file of {size:,}")
     return records
+
+
+def _table_bytes(path: Path) -> int:
+    """Size of the table of contents as the end of a zip file says it."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 10)))
+        tail = file.read()
+    long_form = tail.rfind(b"PK\6\6")  # of files larger than 4 GB
+    if long_form >= 0:
+        return int.from_bytes(tail[long_form + 40 : long_form + 48], "little")
+    short_form = tail.rfind(b"PK\5\6")
+    return int.from_bytes(tail[short_form + 12 : short_form + 16], "little")
 
 
 def write_checksums(folder: Path, crcs: dict[str, int]) -> None:
@@ -148,10 +174,10 @@ def _check_listed(path: Path) -> None:
     wanted = [path.name]
     if path.name.endswith(".index.json"):
         wanted += [name for name in listed if name.endswith(".safetensors")]
+    if any(Path(name).name != name for name in wanted):
+        raise damaged(sums, "it names files in other folders")
     for name in wanted:
         file, (n_bytes, crc) = existing_file(path.parent / name), listed[name]
-        if Path(name).name != name:
-            raise damaged(sums, "it names files in other folders")
         if file.stat().st_size != n_bytes or crc_of_file(file) != crc:
             raise damaged(file, f"it differs from {CHECKSUMS_NAME}, which was written with it")
 

@@ -140,8 +140,9 @@ def check_valid_checkpoint_dir(
     """
     folder = Path(checkpoint_dir)
     wanted = {model_filename: [model_filename], "model_config.yaml": ["model_config.yaml"]}
-    if model_filename == WEIGHTS_NAME:
-        wanted[WEIGHTS_NAME].append("*.safetensors")
+    if model_filename == WEIGHTS_NAME:  # a folder of Hugging Face is read in place
+        wanted[WEIGHTS_NAME] += ["*.safetensors", "pytorch_model*.bin"]
+        wanted["model_config.yaml"].append("config.json")
     if not ignore_tokenizer_files:
         wanted["tokenizer.json or tokenizer.model"] = ["tokenizer.json", "tokenizer.model"]
         wanted["tokenizer_config.json"] = ["tokenizer_config.json"]
@@ -185,6 +186,6 @@ def damaged(path: Path, reason: str) -> ValueError:
 
 
 def some(names: Iterable[str], most: int = 6) -> str:
-    """The first few of many names, for a message."""
-    names = list(names)
+    """The first few of many names, for a message; what a terminal could take for a command is spelled out."""
+    names = [name[:200] if name.isprintable() else ascii(name[:200]) for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

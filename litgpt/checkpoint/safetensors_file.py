@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from litgpt.checkpoint.crc import Refused
 from litgpt.checkpoint.folders import damaged, existing_file, some
 from litgpt.checkpoint.lazy import LazyTensor, OpenFile, on_disk
 
@@ -44,14 +45,15 @@ def open_safetensors(path: Path | str) -> dict[str, LazyTensor]:
         except (TypeError, KeyError, ValueError):
             is_sound = False
         if not is_sound:
-            raise damaged(path, f"its header says nothing sensible about `{name[:100]}`")
+            raise damaged(path, f"its header says nothing sensible about `{some([name])}`")
         if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
             raise ValueError(
-                f"{path} is refused: `{name}` has the dtype {str(dtype_name)[:20]!r}, known are {', '.join(DTYPES)}"
+                f"{path} is refused: `{some([name])}` has the dtype {some([str(dtype_name)])[:20]}, known are "
+                f"{', '.join(DTYPES)}"
             )
         dtype = DTYPES[dtype_name]
         if end - begin != math.prod(shape) * dtype.itemsize:
-            raise damaged(path, f"`{name}` of {dtype_name} {list(shape)} does not take {end - begin} bytes")
+            raise damaged(path, f"`{some([name])}` of {dtype_name} {list(shape[:8])} does not take {end - begin} bytes")
         is_aligned = (start + begin) % dtype.itemsize == 0
         view = functools.partial(mapping.view, shape, dtype, start + begin) if is_aligned else None
         tensors[name] = on_disk(file, shape, dtype, start + begin, view)
@@ -79,13 +81,15 @@ def open_index(index: Path | str, is_whole: bool = True) -> dict[str, str]:
     """
     index = existing_file(index)
     try:
-        files = read_small_json(index)["weight_map"]
+        files = _read_index(index)["weight_map"]
         names = sorted(set(files.values()))
+    except Refused:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise damaged(index, "it is no JSON with a `weight_map`") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or "\\" in name or name in ("..", ""):
-            raise ValueError(f"{index} points to `{str(name)[:100]}`: shards must lie in the same folder")
+            raise ValueError(f"{index} points to `{some([str(name)])}`: shards must lie in the same folder")
     if is_whole and (lacking := [name for name in names if not (index.parent / name).is_file()]):
         raise FileNotFoundError(
             f"{index.parent} lacks {len(lacking)} of the {len(names)} files that {index.name} names "
@@ -94,10 +98,12 @@ def open_index(index: Path | str, is_whole: bool = True) -> dict[str, str]:
     return files
 
 
-def read_small_json(path: Path) -> Any:
-    """JSON from a file of at most 32 MB."""
-    if (size := path.stat().st_size) > _MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes, more than the {_MAX_JSON_BYTES:,} that such a file may have")
+def _read_index(path: Path) -> Any:
+    """JSON that is small beside the files around it: parsed it can take twenty times its bytes."""
+    size = path.stat().st_size
+    around = sum(file.stat().st_size for file in path.parent.iterdir() if file.is_file())
+    if size > _FREE_JSON_BYTES and (size > _MAX_JSON_BYTES or size > around // 16):
+        raise Refused(f"{path} is refused: an index of {size:,} bytes in a folder of {around:,}")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -110,7 +116,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
             raise damaged(path, "its header reaches beyond its end")
         # parsed JSON can take twenty times its bytes
         if n_header > _FREE_JSON_BYTES and (n_header > _MAX_JSON_BYTES or n_header > size // 16):
-            raise ValueError(f"{path} is refused: a header of {n_header:,} bytes in a file of {size:,}")
+            raise Refused(f"{path} is refused: a header of {n_header:,} bytes in a file of {size:,}")
         try:
             header = json.loads(file.read(n_header).decode("utf-8"))
         except (ValueError, RecursionError):

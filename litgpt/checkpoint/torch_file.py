@@ -5,7 +5,9 @@ Every file of a checkpoint is untrusted, also optimizer and random state.
 
 import contextlib
 import os
+import pickletools
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ import torch
 from torch import Tensor
 
 from litgpt.checkpoint.atomic import atomic_file
-from litgpt.checkpoint.crc import ZIP_MAGIC, SummingFile, seal_zip, zip_records
-from litgpt.checkpoint.folders import damaged, existing_file
+from litgpt.checkpoint.crc import ZIP_MAGIC, Refused, SummingFile, seal_zip, zip_records
+from litgpt.checkpoint.folders import damaged, existing_file, some
 from litgpt.checkpoint.lazy import LazyTensor, OpenFile, on_disk
+
+_FREE_OPS = 500_000
+_N_OLD_PICKLES = 5
 
 
 def load_torch(path: Path | str) -> Any:
@@ -26,7 +31,9 @@ def load_torch(path: Path | str) -> Any:
     """
     path = existing_file(path)
     if is_zip := _is_zip(path):
-        zip_records(path)
+        _check_pickle(path)
+    else:
+        _check_old_pickles(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except (FileNotFoundError, PermissionError, MemoryError):
@@ -42,6 +49,36 @@ def load_torch(path: Path | str) -> Any:
 def _is_zip(path: Path) -> bool:
     with open(path, "rb") as file:
         return file.read(4) == ZIP_MAGIC
+
+
+def _check_pickle(path: Path) -> None:
+    """Refuse what torch would run although it takes memory without end: the making of an empty `bytearray`."""
+    names = [record.filename for record in zip_records(path) if record.filename.endswith(".pkl")]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            asks = [name for name in names if b"\nbytearray\n" in archive.read(name)]
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        raise damaged(path, " ".join(str(error).split())) from None
+    if asks:
+        raise Refused(f"{path} is refused: it asks for `bytearray`, which no weights need")
+
+
+def _check_old_pickles(path: Path) -> None:
+    """The same for torch's old format, where values may also be many times larger in memory: a list takes one byte."""
+    limit, n_ops = max(_FREE_OPS, path.stat().st_size // 48), 0
+    with open(path, "rb") as file:
+        try:
+            for _ in range(_N_OLD_PICKLES):
+                for _, argument, _ in pickletools.genops(file):
+                    n_ops += 1
+                    if n_ops > limit:
+                        raise Refused(f"{path} is refused: it holds more than {limit:,} values beside its tensors")
+                    if isinstance(argument, str) and argument.endswith(" bytearray"):
+                        raise Refused(f"{path} is refused: it asks for `bytearray`, which no weights need")
+        except Refused:
+            raise
+        except ValueError:
+            return  # torch says what is wrong
 
 
 def load_model_part(path: Path | str) -> dict[str, Tensor]:
@@ -63,9 +100,11 @@ def open_torch(path: Path | str) -> dict[str, LazyTensor]:
     seen: dict[tuple, LazyTensor] = {}
     for name, tensor in weights.items():
         if tensor.layout != torch.strided or tensor.is_quantized:
-            raise ValueError(f"{path} is refused: `{name}` is sparse or quantized, only plain tensors can be read")
+            raise ValueError(
+                f"{path} is refused: `{some([name])}` is sparse or quantized, only plain tensors can be read"
+            )
         if tensor.device.type != "cpu" or tensor.numel() * tensor.element_size() > limit:
-            raise damaged(path, f"`{name}` of {list(tensor.shape)} is larger than the file")
+            raise damaged(path, f"`{some([name])}` of {list(tensor.shape)} is larger than the file")
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if not tensor.numel() or key not in seen:
             seen[key] = _lazily(file, tensor.detach(), mappings)
