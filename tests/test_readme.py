@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "tutorial
 BLOCK = re.compile(
     r"(?:^<!-- not executed: (?P<reason>.+?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S
 )
-REASONS = ("package index", "several GPUs")
+REASONS = ("package index", "several GPUs", "network")
 
 
 class CodeBlock(NamedTuple):
