@@ -132,14 +132,14 @@ def check_valid_checkpoint_dir(
     raise_error: bool = False,
     ignore_tokenizer_files: bool = False,
 ) -> None:
-    """Check that the folder holds weights, `model_config.yaml` and a tokenizer.
+    """Check that the folder holds weights, `model_config.yaml` or `config.json`, and a tokenizer.
 
     Raises:
         FileNotFoundError: With `raise_error`, saying what is missing.
         SystemExit: Status 1 otherwise; the message goes to stderr if `verbose`.
     """
     folder = Path(checkpoint_dir)
-    wanted = {model_filename: [model_filename], "model_config.yaml": ["model_config.yaml"]}
+    wanted = {model_filename: [model_filename], "model_config.yaml": ["model_config.yaml", "config.json"]}
     if model_filename == WEIGHTS_NAME:  # a folder of Hugging Face is read in place
         wanted[WEIGHTS_NAME] += ["*.safetensors", "pytorch_model*.bin"]
         wanted["model_config.yaml"].append("config.json")

@@ -3,7 +3,7 @@
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +82,12 @@ class LazyTensor:
             yield from self.pieces()
         else:
             yield self.read().reshape(-1)
+
+
+def cast_all(tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> dict[str, LazyTensor]:
+    """All floating point tensors in another dtype; names of one tensor still have one object."""
+    cast = {id(t): t.to(dtype) if t.dtype.is_floating_point else t for t in tensors.values()}
+    return {name: cast[id(tensor)] for name, tensor in tensors.items()}
 
 
 def gather(pieces: Iterator[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

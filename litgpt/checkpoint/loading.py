@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from litgpt.checkpoint.adapter import StateDictAdapter, find_model_type, is_hf_names
 from litgpt.checkpoint.folders import some
 from litgpt.checkpoint.hf_config import read_hf_config
+from litgpt.checkpoint.lazy import cast_all
 from litgpt.checkpoint.tensors import LazyTensor, open_weights
 from litgpt.config import Config
 
@@ -117,9 +118,7 @@ def load_model_weights(
     state = model.state_dict(keep_vars=True)
     is_meta = any(tensor.is_meta for tensor in state.values() if isinstance(tensor, Tensor))
     if dtype is not None:
-        tensors = {
-            name: tensor.to(dtype) if tensor.dtype.is_floating_point else tensor for name, tensor in tensors.items()
-        }
+        tensors = cast_all(tensors, dtype)
         if not is_meta:
             model.to(dtype=dtype)
     try:

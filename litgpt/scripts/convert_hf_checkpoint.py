@@ -3,19 +3,23 @@
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from litgpt.checkpoint.adapter import StateDictAdapter, find_model_type
 from litgpt.checkpoint.atomic import atomic_file, check_disk_space, remove_leftovers
 from litgpt.checkpoint.crc import CHECKSUMS_NAME, check_crc
 from litgpt.checkpoint.folders import WEIGHTS_NAME, existing_folder, find_weights_file
 from litgpt.checkpoint.hf_config import config_from_hf, read_hf_config
+from litgpt.checkpoint.layouts import order_heads
+from litgpt.checkpoint.lazy import cast_all
 from litgpt.checkpoint.loading import check_fit, open_model_weights
 from litgpt.checkpoint.meta import meta_device
 from litgpt.checkpoint.tensors import LazyTensor, files_of, open_weights, write_torch
@@ -59,7 +63,7 @@ def convert_hf_checkpoint(
         return
     tensors = open_model_weights(source, config)
     if dtype is not None:
-        tensors = _cast(tensors, DTYPES[dtype.removeprefix("torch.")])
+        tensors = cast_all(tensors, DTYPES[dtype.removeprefix("torch.")])
     check_fit(_on_meta(spec, config), tensors, source)
     n_bytes = sum({id(tensor): tensor.n_bytes for tensor in tensors.values()}.values())
     check_disk_space(target, n_bytes)
@@ -96,11 +100,6 @@ def _delete_source(source: Path, spec: ModelSpec, config: Config) -> None:
     print(f"{target} was read back and compared; {source.name} and what belongs to it are removed")
 
 
-def _cast(tensors: dict[str, LazyTensor], dtype: torch.dtype) -> dict[str, LazyTensor]:
-    cast = {id(t): t.to(dtype) if t.dtype.is_floating_point else t for t in tensors.values()}  # tied ones stay one
-    return {name: cast[id(tensor)] for name, tensor in tensors.items()}
-
-
 def _watched(tensors: dict[str, LazyTensor], bar: tqdm, is_verbose: bool) -> dict[str, LazyTensor]:
     """The same tensors, which report how far they are read."""
 
@@ -125,13 +124,13 @@ def qkv_reassemble(param: Tensor | LazyTensor, config: Config) -> tuple[Tensor, 
     """Query, key and value rows of a projection that is stored group by group, as GPT-NeoX and Falcon do.
 
     Args:
-        param: `((nh + 2G) hs, ...)`, weight or bias.
+        param: `((nh + 2 G) * hs, ..)`, weight or bias.
         config: Of the model.
     """
-    values = load_param(param, "", None)
-    n_heads_each = config.n_head // config.n_query_groups
-    grouped = values.unflatten(0, (config.n_query_groups, n_heads_each + 2, -1))  # (G, nh / G + 2, hs, ...)
-    q, k, v = (part.flatten(0, 2) for part in grouped.split((n_heads_each, 1, 1), dim=1))
+    param = param if isinstance(param, LazyTensor) else LazyTensor.of(param)
+    ordered = order_heads(param, config.n_head, config.n_query_groups, grouped=False).read()
+    n_kv = len(ordered) // (config.n_head + 2 * config.n_query_groups) * config.n_query_groups
+    q, k, v = ordered.split((len(ordered) - 2 * n_kv, n_kv, n_kv))
     return q, k, v
 
 
@@ -151,3 +150,54 @@ def load_param(param: Tensor | LazyTensor, name: str, dtype: torch.dtype | None,
         print(f"Loading {name}")
     values = param.read() if isinstance(param, LazyTensor) else param
     return values if dtype is None else values.to(dtype)
+
+
+def _copy_weights(
+    model_type: str | None,
+    config: Config,
+    state_dict: dict[str, Tensor],
+    hf_weights: Mapping[str, Tensor | LazyTensor],
+    saver: Any = None,
+    dtype: torch.dtype | None = None,
+    *_: Any,
+    debug_mode: bool = False,
+    **__: Any,
+) -> None:
+    """Put the weights of a Hugging Face model into `state_dict` under our names.
+
+    Args:
+        model_type: As in config.json; None: by the config.
+        config: Of the model.
+        state_dict: Is filled.
+        hf_weights: All tensors of the checkpoint by name, not those of one shard.
+        saver: Not needed any more, and neither are a progress bar and `qkv_weights`.
+        dtype: To cast to; None: as they are.
+        debug_mode: Print each name.
+    """
+    tensors = {name: t if isinstance(t, LazyTensor) else LazyTensor.of(t) for name, t in hf_weights.items()}
+    adapter = StateDictAdapter(config, model_type or find_model_type(config, tensor_names=tensors))
+    for name, tensor in adapter.from_hf(tensors).items():
+        state_dict[name] = load_param(tensor, name, dtype, verbose=debug_mode)
+
+
+def _copy_weights_fused(
+    model_type: str | None, config: Config, qkv_weights: dict, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+) -> None:
+    _copy_weights(model_type, config, state_dict, *args, **kwargs)
+
+
+def _copy_weights_gemma(
+    model_type: str, qkv_weights: dict, state_dict: dict[str, Tensor], *args: Any, config: Config, **kwargs: Any
+) -> None:
+    _copy_weights(model_type, config, state_dict, *args, **kwargs)
+
+
+copy_weights_gpt_neox = partial(_copy_weights, "gpt_neox")
+copy_weights_falcon = partial(_copy_weights, "falcon")
+copy_weights_hf_llama = partial(_copy_weights_fused, None)
+copy_weights_gemma_2 = partial(_copy_weights_gemma, "gemma2")
+copy_weights_gemma_3 = partial(_copy_weights_gemma, "gemma3_text")
+copy_weights_phi = partial(_copy_weights_fused, None)
+copy_weights_qwen_2_5 = partial(_copy_weights_fused, "qwen2")
+copy_weights_olmo2 = partial(_copy_weights_fused, "olmo2")
+copy_weights_qwen_3 = partial(_copy_weights_fused, None)

@@ -114,3 +114,24 @@ def test_invalid_checkpoint_folder_is_explained(tmp_path, monkeypatch, capsys):
     check_valid_checkpoint_dir(folder)
     with pytest.raises(FileNotFoundError, match=r"lit_model\.pth\.lora"):
         check_valid_checkpoint_dir(folder, model_filename="lit_model.pth.lora", raise_error=True)
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_hugging_face_folder_is_a_valid_checkpoint(tmp_path, weights):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", weights):
+        (tmp_path / name).write_text("{}")
+    check_valid_checkpoint_dir(tmp_path, raise_error=True)
+    assert find_weights_file(tmp_path).name == weights
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"it lacks model_config\.yaml"):
+        check_valid_checkpoint_dir(tmp_path, raise_error=True)
+
+
+def test_litgpt_weights_can_be_passed_over(tmp_path):
+    for name in ("lit_model.pth", "model.safetensors"):
+        (tmp_path / name).write_text("")
+    assert find_weights_file(tmp_path).name == "lit_model.pth"
+    assert find_weights_file(tmp_path, but="lit_model.pth").name == "model.safetensors"
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected \*\.safetensors or"):
+        find_weights_file(tmp_path, but="lit_model.pth")

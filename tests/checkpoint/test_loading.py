@@ -9,6 +9,7 @@ import torch
 
 from litgpt.checkpoint.adapter import StateDictAdapter
 from litgpt.checkpoint.hf_config import config_to_hf
+from litgpt.checkpoint.lazy import OpenFile
 from litgpt.checkpoint.loading import check_fit, load_model_weights, open_model_weights, validate_checkpoint
 from litgpt.checkpoint.tensors import LazyTensor, open_weights, write_safetensors
 from litgpt.checkpoint.torch_file import save_torch
@@ -100,12 +101,15 @@ def test_tied_head_stays_tied_from_a_hf_folder(tmp_path, device, head):
     assert torch.equal(model.lm_head.weight, source.lm_head.weight)
 
 
-def test_tied_head_is_cast_once(tmp_path):
+def test_tied_head_is_cast_once(tmp_path, monkeypatch):
     source = GPT(Config(**LLAMA, tie_embeddings=True))
     save_torch(source.state_dict(), tmp_path / "lit_model.pth")
+    shapes, fill = [], OpenFile.fill
+    monkeypatch.setattr(OpenFile, "fill", lambda self, t, begin: shapes.append(t.numel()) or fill(self, t, begin))
     model = build(source.config, "meta")
     load_model_weights(model, tmp_path, dtype=torch.float16)
     assert model.lm_head.weight is model.transformer.wte.weight and model.lm_head.weight.dtype == torch.float16
+    assert shapes.count(96 * 32) == 1
 
 
 def test_model_with_memory_of_its_own_reads_one_block_at_a_time(tmp_path, source, monkeypatch):

@@ -22,6 +22,7 @@ from litgpt.checkpoint.torch_file import load_torch
 from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.registry import load_checkpoint_config
+from litgpt.scripts import convert_hf_checkpoint as convert_hf
 from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint, layer_template, load_param, qkv_reassemble
 
 SIZES = dict(n_layer=2, n_embd=32, n_head=4, block_size=64, vocab_size=96, padded_vocab_size=96)
@@ -253,6 +254,7 @@ def test_kill_while_the_source_is_deleted_loses_nothing(tmp_path):
 CONVERT = """
 import re, sys
 from pathlib import Path
+from litgpt.scripts import convert_hf_checkpoint as convert_hf
 from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
 convert_hf_checkpoint(Path(sys.argv[1]))
 Path("/proc/self/clear_refs").write_text("5")
@@ -313,3 +315,32 @@ def test_parameter_is_read_and_cast(capsys):
     assert load_param(tensor, "x", None) is tensor
     assert torch.equal(load_param(LazyTensor.of(tensor), "x", torch.float16, verbose=True), tensor.half())
     assert "x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("function", "family", "order"),
+    [
+        ("copy_weights_gpt_neox", "gpt_neox", ("config", "out", "hf")),
+        ("copy_weights_hf_llama", "llama", ("config", "qkv", "out", "hf")),
+        ("copy_weights_qwen_2_5", "llama", ("config", "qkv", "out", "hf")),
+        ("copy_weights_gemma_2", "llama", ("qkv", "out", "hf")),
+    ],
+)
+def test_published_copy_functions_fill_a_state_dict(tmp_path, function, family, order):
+    fields = {}
+    if "gemma" in function:
+        fields = dict(post_attention_norm=True, post_mlp_norm=True, tie_embeddings=True, mlp_class_name="GemmaMLP")
+    if "qwen" in function:
+        fields = dict(attn_bias=True)
+    torch.manual_seed(0)
+    model = GPT(Config(**FAMILIES[family] | fields))
+    model_type = {"copy_weights_gemma_2": "gemma2", "copy_weights_qwen_2_5": "qwen2"}.get(function, family)
+    ours = {name: LazyTensor.of(tensor) for name, tensor in model.state_dict().items()}
+    hf = {name: tensor.read() for name, tensor in StateDictAdapter(model.config, model_type).to_hf(ours).items()}
+    out: dict = {}
+    given = {"config": model.config, "qkv": {}, "out": out, "hf": hf}
+    options = {} if "config" in order else {"config": model.config}
+    getattr(convert_hf, function)(*(given[name] for name in order), dtype=torch.float64, **options)
+    wanted = {name for name in model.state_dict() if name != "lm_head.weight" or not model.config.tie_embeddings}
+    assert set(out) == wanted
+    assert all(torch.equal(out[name], model.state_dict()[name].double()) for name in wanted)
