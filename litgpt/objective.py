@@ -19,6 +19,9 @@ Split = Literal["train", "eval", "predict"]
 IGNORE_INDEX = -100
 """Label of a position that is not trained on."""
 
+PADDING_SEGMENT = -1
+"""Number of the document that padding belongs to, in packed batches."""
+
 
 class Objective:
     """A training objective. The training loops know nothing of it but these four methods.
@@ -96,23 +99,36 @@ class NextToken(Objective):
     def collate(self, examples: Sequence[Mapping[str, Any]], split: Split, rng: torch.Generator) -> dict[str, Tensor]:
         """`{"input_ids": (B, T), "labels": (B, T)}`, the labels shifted by one; shorter rows are padded, not trained.
 
-        An example may bring its own `labels`, aligned with its ids, with -100 where nothing is to be learnt.
+        An example may bring its own `labels`, aligned with its ids, with -100 where nothing is to be learnt; and where
+        it is packed, `segment_ids`, the number of each token's document, and `positions`.
         """
         rows = [example["input_ids"] for example in examples]
         label_rows = [example.get("labels", row) for example, row in zip(examples, rows, strict=True)]
         idx = pad_sequence(rows, batch_first=True)
-        labels = pad_sequence(label_rows, batch_first=True, padding_value=IGNORE_INDEX)
-        return {"input_ids": idx[:, :-1].contiguous(), "labels": labels[:, 1:].contiguous()}
+        labels = pad_sequence(label_rows, batch_first=True, padding_value=IGNORE_INDEX)[:, 1:].contiguous()
+        batch = {"input_ids": idx[:, :-1].contiguous(), "labels": labels}
+        for key, padding in (("segment_ids", PADDING_SEGMENT), ("positions", 0)):
+            if key in examples[0]:
+                values = pad_sequence([e[key] for e in examples], batch_first=True, padding_value=padding)
+                batch[key] = values[:, :-1].contiguous()
+                if key == "segment_ids":  # no document begins in the one before
+                    labels.masked_fill_(values[:, 1:] != values[:, :-1], IGNORE_INDEX)
+        return batch
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Summed cross-entropy in float32. A GPT computes it without ever holding all logits."""
         idx, labels = batch["input_ids"], batch["labels"]
+        packed = {key: batch[key] for key in ("segment_ids", "positions") if key in batch}
         if model not in self._takes_targets:
             self._takes_targets[model] = accepts(model, "targets")
+        if packed and not all(accepts(model, key) for key in packed):
+            raise ValueError(
+                f"The data is packed, but the forward of this model takes no {' and '.join(packed)}: use --data.pack false."
+            )
         if self._takes_targets[model]:
-            loss, n = model(idx, targets=labels)
+            loss, n = model(idx, targets=labels, **packed)
             return {"loss": loss, "n": n}
-        logits = model(idx).float().flatten(0, 1)  # (B * T, V)
+        logits = model(idx, **packed).float().flatten(0, 1)  # (B * T, V)
         loss = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         return {"loss": loss, "n": (labels != IGNORE_INDEX).sum()}
 

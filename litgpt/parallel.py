@@ -1,10 +1,12 @@
 """How a model is spread over devices."""
 
+import functools
 import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 
 from litgpt.model import Block
 
@@ -38,18 +40,20 @@ def is_sharded(fabric: "Fabric") -> bool:
     return type(fabric.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy")
 
 
-def full_state(fabric: "Fabric", model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+def full_state(
+    fabric: "Fabric", model: nn.Module, optimizer: torch.optim.Optimizer, only_trained: bool = False
+) -> tuple[dict, dict]:
     """State dicts of model and optimizer as one device would have them; called by all devices.
 
-    Where weights are sharded, only rank 0 gets them, on the CPU, and the optimizer's state goes by parameter names.
+    Where weights are sharded, only rank 0 gets them, on the CPU, and the optimizer's state goes by parameter names;
+    `only_trained` then leaves out the frozen ones.
     """
     if not is_sharded(fabric):
         return model.state_dict(), optimizer.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    return get_state_dict(
-        *_unwrapped(model, optimizer), options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_trained)
+    return get_state_dict(*_unwrapped(model, optimizer), options=options)
 
 
 def load_full_optimizer_state(
@@ -81,3 +85,15 @@ def load_full_optimizer_state(
 def _unwrapped(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Both without Fabric's wrappers."""
     return getattr(model, "_forward_module", model), getattr(optimizer, "_optimizer", optimizer)
+
+
+def checkpoint_blocks(model: nn.Module) -> int:
+    """Let each block keep only its input for the backward pass, which computes the rest again; returns their number.
+
+    The blocks are the modules of the `ModuleList` with most weights, in any module tree.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()), default=())
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    return len(blocks)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn as nn
-from torch.utils.data import DataLoader
 
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.checkpoint.atomic import remove_leftovers
@@ -50,6 +49,7 @@ from litgpt.training import (
     explain,
     finish_step,
     get_lr,
+    open_dataloaders,
     split_examples,
     to_device,
 )
@@ -360,16 +360,7 @@ def get_dataloaders(
     fabric: "L.Fabric", data: DataModule, tokenizer: Tokenizer | None, train: TrainArgs, block_size: int
 ) -> tuple[Any, Any]:
     """Loaders of training and validation data; the second may be None. Rank 0 prepares, the others wait for it."""
-    data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=block_size)
-    with fabric.rank_zero_first():
-        data.prepare_data()
-        data.setup()
-    loaders = []
-    for loader in (data.train_dataloader(), data.val_dataloader()):
-        if isinstance(loader, DataLoader) and not hasattr(loader, "state_dict"):
-            loader = fabric.setup_dataloaders(loader, move_to_device=False)  # shares it among the devices
-        loaders.append(loader)
-    return tuple(loaders)
+    return open_dataloaders(fabric, data, tokenizer, train.micro_batch_size, block_size)
 
 
 def initialize_weights(fabric: "L.Fabric", model: nn.Module, n_layer: int, n_embd: int) -> None:

@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from litgpt.args import TrainArgs
 from litgpt.checkpoint.atomic import atomic_folder
-from litgpt.checkpoint.folders import copy_config_files, step_files
+from litgpt.checkpoint.folders import WEIGHTS_NAME, copy_config_files, step_files
 from litgpt.checkpoint.io import load_model_weights, load_torch, save_torch
 from litgpt.config import Config, save_config
 from litgpt.parallel import full_state, is_sharded, load_full_optimizer_state
@@ -98,52 +98,80 @@ def save_run(
     tokenizer_dir: Path | None,
     checkpoint_file: Path,
     command: Callable[..., Any],
+    *,
+    is_saved: Callable[[str], bool] | None = None,
+    weights_only: bool = False,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a checkpoint folder that appears only when it is complete. Called by all devices, written by the first."""
-    model_state, optimizer_state = full_state(fabric, state["model"], state["optimizer"])
+    """Write a checkpoint folder that appears only when it is complete. Called by all devices, written by the first.
+
+    Args:
+        fabric: Says which device this is.
+        state: What `resume_run` brings back: model, optimizer, loader, counters, and plain values under `run`.
+        tokenizer_dir: Its tokenizer and config files are copied.
+        checkpoint_file: The weights file in the folder.
+        command: Whose settings go into hyperparameters.yaml.
+        is_saved: Which weights are written, by name; None: all.
+        weights_only: Leave out all that only a resumed run needs.
+        finish: Adds to the folder before it appears.
+    """
+    model_state, optimizer_state = full_state(fabric, state["model"], state["optimizer"], is_saved is not None)
+    model_state = {name.replace("_orig_mod.", ""): tensor for name, tensor in model_state.items()}
+    payload = {"model": {name: x for name, x in model_state.items() if is_saved is None or is_saved(name)}}
     rng = capture_rng(fabric)
     if fabric.global_rank == 0:
         loader = state["train_dataloader"]
-        payload = {
-            "model": {name.replace("_orig_mod.", ""): tensor for name, tensor in model_state.items()},
-            "optimizer": optimizer_state,
-            "train_dataloader": loader.state_dict() if hasattr(loader, "state_dict") else {},
-            **{name: state[name] for name in ("iter_num", "step_count", "total_tokens")},
-            "rng": rng,
-        }
+        if not weights_only:
+            payload |= {
+                "optimizer": optimizer_state,
+                "train_dataloader": loader.state_dict() if hasattr(loader, "state_dict") else {},
+                **{name: state[name] for name in ("iter_num", "step_count", "total_tokens")},
+                **{name: state[name] for name in ("scheduler", "run") if name in state},
+                "rng": rng,
+            }
         with atomic_folder(checkpoint_file.parent) as folder:
             save_torch(payload, folder / checkpoint_file.name)
             if tokenizer_dir is not None:
                 copy_config_files(tokenizer_dir, folder)
             save_config(state["model"].config, folder)
             save_hyperparameters(command, folder)
+            if finish is not None:
+                finish(folder)
     fabric.barrier()
 
 
-def rotate_checkpoints(fabric: "L.Fabric", out_dir: Path, n_kept: int | None) -> None:
+def rotate_checkpoints(
+    fabric: "L.Fabric", out_dir: Path, n_kept: int | None, weights_name: str = WEIGHTS_NAME
+) -> None:
     """Remove all but the newest `n_kept` step folders; a kill in between leaves no folder that looks complete."""
     if n_kept is None or fabric.global_rank != 0:
         return
-    for file in step_files(out_dir)[:-n_kept]:
+    for file in step_files(out_dir, weights_name)[:-n_kept]:
         doomed = file.parent.rename(out_dir / f".{file.parent.name}.tmp-{os.getpid()}")
         shutil.rmtree(doomed)
 
 
-def resume_run(fabric: "L.Fabric", path: Path, state: dict[str, Any], train: TrainArgs, overfit: int | None) -> None:
+def resume_run(
+    fabric: "L.Fabric",
+    path: Path,
+    state: dict[str, Any],
+    train: TrainArgs,
+    overfit: int | None,
+    way_out: str = "start from them with --initial_checkpoint_dir",
+) -> None:
     """Bring everything but the weights to where the checkpoint stood; one of 0.5.x has no random state."""
     payload = load_torch(path)
     try:
         load_full_optimizer_state(fabric, state["model"], state["optimizer"], payload["optimizer"])
     except KeyError:
-        raise ValueError(f"{path} holds weights only: start from them with --initial_checkpoint_dir.") from None
+        raise ValueError(f"{path} holds weights only: {way_out}.") from None
     except ValueError as error:
         raise ValueError(f"{path} was trained with another optimizer ({error}): resume with the same one.") from error
     state |= {"iter_num": payload["iter_num"], "step_count": payload["step_count"]}
     n_samples = state["iter_num"] * train.micro_batch_size * fabric.world_size
     tokens_per_sample = train.max_seq_length or state["model"].config.block_size
     state["total_tokens"] = payload.get("total_tokens", n_samples * tokens_per_sample)
-    if "rng" in payload:
-        state["rng"] = payload["rng"]
+    state |= {name: payload[name] for name in ("rng", "run") if name in payload}
     loader = state["train_dataloader"]
     if overfit is None and not hasattr(loader, "load_state_dict"):
         state["skip"] = state["iter_num"]

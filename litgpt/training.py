@@ -1,7 +1,9 @@
 """What pretraining and finetuning share: batches, schedules, the guarded optimizer step, random state, signals."""
 
+import contextlib
 import math
 import os
+import re
 import signal
 import threading
 import zlib
@@ -14,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from litgpt.args import TrainArgs
+from litgpt.data.base import DataModule
 from litgpt.parallel import is_sharded
 
 if TYPE_CHECKING:
@@ -33,9 +37,12 @@ class BatchStream:
     the middle of an epoch sees the same dropout as one that went through.
     """
 
+    _END = object()
+    """Stands between two epochs."""
+
     def __init__(self, loader: Any, overfit: int | None = None, skip: int = 0) -> None:
         self.loader, self.overfit = loader, overfit
-        self._epochs, self._batches = 0, self._cycle(skip) if overfit else islice(self._read(), skip, None)
+        self._epochs, self._batches = 0, self._cycle(skip) if overfit else self._read(skip)
 
     @property
     def epoch(self) -> int:
@@ -46,9 +53,19 @@ class BatchStream:
         return self
 
     def __next__(self) -> Any:
-        return next(self._batches)
+        return next(batch for batch in self._batches if batch is not self._END)
 
-    def _read(self) -> Iterator[Any]:
+    def take(self, n: int) -> list[Any]:
+        """The next `n` batches, or those that are left of the epoch."""
+        taken: list[Any] = []
+        for batch in self._batches:
+            if batch is not self._END:
+                taken.append(batch)
+            if len(taken) == n or (taken and batch is self._END):
+                break
+        return taken
+
+    def _read(self, skip: int = 0) -> Iterator[Any]:
         for self._epochs in count():
             with torch.random.fork_rng(devices=[]):
                 batches = iter(self.loader)
@@ -56,11 +73,15 @@ class BatchStream:
             if batch is None:
                 raise ValueError("The training data gives no batch: it is empty, or shorter than one sample.")
             while batch is not None:
-                yield batch
+                if skip:
+                    skip -= 1
+                else:
+                    yield batch
                 batch = next(batches, None)
+            yield self._END
 
     def _cycle(self, skip: int) -> Iterator[Any]:
-        kept = list(islice(self._read(), self.overfit))
+        kept = list(islice((batch for batch in self._read() if batch is not self._END), self.overfit))
         for index in count(skip):
             yield kept[index % len(kept)]
 
@@ -89,14 +110,53 @@ def num_parameters(module: nn.Module, requires_grad: bool | None = None) -> int:
     return sum(p.numel() for p in module.parameters() if requires_grad is None or p.requires_grad == requires_grad)
 
 
+def open_dataloaders(
+    fabric: "Fabric", data: DataModule, tokenizer: Any | None, batch_size: int, max_seq_length: int | None
+) -> tuple[Any, Any]:
+    """Loaders of training and validation data; the second may be None. Rank 0 prepares, the others wait for it."""
+    data.connect(tokenizer=tokenizer, batch_size=batch_size, max_seq_length=max_seq_length)
+    with fabric.rank_zero_first():
+        data.prepare_data()
+        data.setup()
+    loaders = []
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        if isinstance(loader, DataLoader) and not hasattr(loader, "state_dict"):
+            loader = fabric.setup_dataloaders(loader, move_to_device=False)  # shares it among the devices
+        loaders.append(loader)
+    return tuple(loaders)
+
+
 def split_examples(batch: Any) -> Sequence[Mapping[str, Any]]:
     """The examples in what a data loader yields: rows of a tensor, of a dict of tensors, or the list as it is."""
     if isinstance(batch, Tensor):
         return [{"input_ids": row} for row in batch]
     if isinstance(batch, Mapping):
-        n = len(next(iter(batch.values())))
-        return [{key: value[i] for key, value in batch.items()} for i in range(n)]
+        columns = {key: value for key, value in batch.items() if not isinstance(value, Mapping)}  # no token counts
+        n = len(next(iter(columns.values())))
+        return [{key: value[i] for key, value in columns.items()} for i in range(n)]
     return batch
+
+
+def count_tokens(batch: Any, collated: Mapping[str, Any]) -> dict[str, int]:
+    """Tokens of a batch: `raw`, `templated` (with the prompt's template) and `padded`.
+
+    Args:
+        batch: What the data loader yields; its `token_counts`, as the published modules give them, are believed.
+        collated: What the objective made of it.
+    """
+    n_padded = sum(x.numel() for key, x in collated.items() if key.endswith("input_ids") and isinstance(x, Tensor))
+    if isinstance(batch, Mapping) and (counts := batch.get("token_counts")):
+        n_raw, n_templated = (int(counts[key].sum()) for key in ("raw", "raw_plus_prompt_template"))
+        return {"raw": n_raw, "templated": n_templated, "padded": max(n_padded, n_templated)}
+    n_real = 0
+    for example in split_examples(batch):
+        ids = [value for key, value in example.items() if key.endswith("input_ids")]
+        if isinstance(batch, Mapping) and len(ids) == 1 and "labels" in example:  # without the padding on the right
+            is_real = ((ids[0] != 0) | (example["labels"] != -100)).nonzero()
+            n_real += int(is_real[-1]) + 1 if len(is_real) else 0
+        else:
+            n_real += sum(value.numel() for value in ids)
+    return {"raw": n_real, "templated": n_real, "padded": max(n_padded, n_real)}
 
 
 def batch_seed(seed: int, rank: int, iter_num: int, split: str) -> int:
@@ -188,6 +248,60 @@ class StepResult:
     """Means of the further entries of `Objective.loss`."""
     requests: tuple[bool, ...] = ()
     """Which of the requests any device has made."""
+
+
+class WeightAverage:
+    """Running mean of the trained weights (EMA), in float32 beside the model.
+
+    Args:
+        model: Those of its parameters that have a gradient are averaged.
+        decay: Share of the mean that a step keeps; in the first steps less, so that the start is soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.n_steps = decay, 0
+        self.parameters = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+        self.means = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights as they are now."""
+        self.n_steps += 1
+        decay = min(self.decay, (1 + self.n_steps) / (10 + self.n_steps))
+        now = [p.detach().float() for p in self.parameters.values()]
+        torch._foreach_lerp_(list(self.means.values()), now, 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within, the model has the mean weights."""
+        own = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._copy(self.means)
+        try:
+            yield
+        finally:
+            self._copy(own)
+
+    @torch.no_grad()
+    def _copy(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Means and number of steps."""
+        return {"means": self.means, "n_steps": self.n_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()` of an object over the same parameters."""
+        if state["means"].keys() != self.means.keys():
+            raise ValueError("the checkpoint's mean weights (--ema_decay) are those of other parameters")
+        self.n_steps = state["n_steps"]
+        for name, mean in self.means.items():
+            mean.copy_(state["means"][name])
+
+
+def plain_name(name: str) -> str:
+    """Name of a parameter without what wrappers of compiling, replicating and sharding put before it."""
+    return re.sub(r"(_orig_mod|_fsdp_wrapped_module|_forward_module|^module)\.", "", name)
 
 
 def finish_step(

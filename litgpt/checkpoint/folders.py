@@ -29,13 +29,16 @@ _ZIP_END_BYTES = 22
 _STEP = re.compile(r"step-(\d+)")
 
 
-def find_resume_path(resume: bool | Literal["auto"] | Path, out_dir: Path) -> Path | None:
+def find_resume_path(
+    resume: bool | Literal["auto"] | Path, out_dir: Path, name: str = WEIGHTS_NAME
+) -> Path | None:
     """The weights file to go on from.
 
     Args:
         resume: False: none. True: the newest complete `step-*/*.pth` below `out_dir`. "auto": the same, or none if
             there is none. Otherwise a file, or a folder that holds a checkpoint or step folders.
         out_dir: Where the run writes.
+        name: Of the weights file; `*.pth` files of other names serve where lit_model.pth is asked for.
 
     Raises:
         FileNotFoundError: There is nothing to resume from.
@@ -49,17 +52,17 @@ def find_resume_path(resume: bool | Literal["auto"] | Path, out_dir: Path) -> Pa
         if not is_complete(folder):
             raise ValueError(f"cannot resume from {folder}: it is cut off or no checkpoint; resume from an older one")
         return folder
-    candidates = step_files(folder)
+    candidates = step_files(folder, name)
     if is_given:
-        candidates = weights_files(folder) or candidates
+        candidates = weights_files(folder, name) or candidates
     for file in reversed(candidates):
         if is_complete(file):
             return file
         warnings.warn(f"{file} is cut off and is passed over", stacklevel=2)
     if resume == "auto":
         return None
-    advice = f"or {WEIGHTS_NAME}" if is_given else "; start without `--resume` or with `--resume auto`"
-    raise FileNotFoundError(f"nothing to resume from: {folder} holds no complete step-*/{WEIGHTS_NAME} {advice}")
+    advice = f"or {name}" if is_given else "; start without `--resume` or with `--resume auto`"
+    raise FileNotFoundError(f"nothing to resume from: {folder} holds no complete step-*/{name} {advice}")
 
 
 def find_weights_file(checkpoint_dir: Path | str, but: str | None = None) -> Path:
@@ -87,15 +90,16 @@ def find_weights_file(checkpoint_dir: Path | str, but: str | None = None) -> Pat
     )
 
 
-def step_files(out_dir: Path) -> list[Path]:
-    """The weights files of the step folders in `out_dir`, oldest first."""
+def step_files(out_dir: Path, name: str = WEIGHTS_NAME) -> list[Path]:
+    """The weights files `name` of the step folders in `out_dir`, oldest first."""
     found = [(int(match[1]), path) for path in out_dir.glob("step-*") if (match := _STEP.fullmatch(path.name))]
-    return [file for _, folder in sorted(found) for file in weights_files(folder)[-1:]]
+    return [file for _, folder in sorted(found) for file in weights_files(folder, name)[-1:]]
 
 
-def weights_files(folder: Path) -> list[Path]:
-    """The `.pth` files in `folder`, `lit_model.pth` last."""
-    return sorted(folder.glob("*.pth"), key=lambda file: (file.name == WEIGHTS_NAME, file.name))
+def weights_files(folder: Path, name: str = WEIGHTS_NAME) -> list[Path]:
+    """The `.pth` files in `folder`, `lit_model.pth` last; only those called `name` if that is another one."""
+    found = folder.glob("*.pth" if name == WEIGHTS_NAME else name)
+    return sorted(found, key=lambda file: (file.name == WEIGHTS_NAME, file.name))
 
 
 def is_complete(file: Path) -> bool:
