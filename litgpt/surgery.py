@@ -21,6 +21,8 @@ class WrappedLinear(nn.Module):
 
     in_features = property(lambda self: self.linear.in_features, doc="Width of the input.")
     out_features = property(lambda self: self.linear.out_features, doc="Width of the output.")
+    weight = property(lambda self: self.linear.weight, doc="What the layer multiplies by, where code reads that.")
+    bias = property(lambda self: self.linear.bias, doc="What the layer adds, where code reads that.")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the layer itself gives."""
@@ -39,9 +41,9 @@ def linear_names(model: nn.Module) -> list[str]:
     """Paths of the linear layers, also quantised ones, that nothing is wrapped around."""
     names: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if name and _is_linear(module) and not isinstance(parent, WrappedLinear):
-            names.append(name)
+        if name and isinstance(module, nn.Linear):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            names += [] if isinstance(parent, WrappedLinear) else [name]
     return names
 
 
@@ -88,9 +90,15 @@ def swap_linears(
 ) -> list[str]:
     """Puts `build(path, layer)` in the place of each linear layer that `targets` mean; returns their paths.
 
-    A layer that stands at several places is built once. For `targets` and errors see `find_linears`.
+    For `targets` and errors see `find_linears`.
     """
     names = find_linears(model, targets)
+    replace_layers(model, names, build)
+    return names
+
+
+def replace_layers(model: nn.Module, names: Iterable[str], build: Callable[[str, nn.Module], nn.Module]) -> None:
+    """Puts `build(path, layer)` in the place of the layers at `names`; one at several places is built once."""
     built: dict[nn.Module, nn.Module] = {}
     for name in names:
         parent, _, leaf = name.rpartition(".")
@@ -98,7 +106,6 @@ def swap_linears(
         if layer not in built:
             built[layer] = build(name, layer).train(layer.training)
         setattr(model.get_submodule(parent), leaf, built[layer])
-    return names
 
 
 def unwrap(model: nn.Module) -> None:
@@ -124,12 +131,9 @@ def keep(model: nn.Module, predicate: Callable[[str], bool]) -> None:
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Stores frozen linear layers in `dtype`. Under autocast to `dtype` results are the same to the last bit, without a
     cast of each weight at each step and in half the memory. Weights that an embedding or a norm shares stay."""
-    shared = {id(p) for m in model.modules() if not _is_linear(m) for p in m.parameters(recurse=False)}
+    others = [module for module in model.modules() if not isinstance(module, nn.Linear)]
+    shared = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
     for module in model.modules():
         for parameter in module.parameters(recurse=False) if type(module) is nn.Linear else ():
             if not parameter.requires_grad and parameter.dtype == torch.float32 and id(parameter) not in shared:
                 parameter.data = parameter.data.to(dtype)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
