@@ -273,10 +273,15 @@ def write_in_processes(
 
 
 def start_worker(tokenizer: Any, queue: Any, n_processes: int) -> None:
-    """Keep what all jobs of this process need, share the cores, and end when the parent has been killed."""
+    """Keep what all jobs of this process need."""
     global _tokenizer, _report
-    os.environ["RAYON_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n_processes))
     _tokenizer, _report = tokenizer, queue
+    live_as_worker(n_processes)
+
+
+def live_as_worker(n_processes: int) -> None:
+    """Share the cores with the other processes, and end when the parent has been killed."""
+    os.environ["RAYON_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n_processes))
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 

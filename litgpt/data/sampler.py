@@ -8,7 +8,7 @@ in memory. A batch may reach over the end of an epoch, so that nothing is droppe
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -62,8 +62,8 @@ class Stream(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, samples: np.ndarray) -> Tensor:
-        """Tokens of the global samples `(B,)`: `(B, T + 1)` int64."""
+    def read(self, samples: np.ndarray) -> Any:
+        """What a batch is made of, for the global samples `(B,)`; of tokens `(B, T + 1)` int64."""
 
 
 class WindowStream:
@@ -174,10 +174,10 @@ class Batches(Dataset):
     def __len__(self) -> int:
         return len(self.stream)
 
-    def __getitem__(self, sample: int) -> Tensor:
+    def __getitem__(self, sample: int) -> Any:
         return self.stream.read(np.array([sample]))[0]
 
-    def __getitems__(self, samples: list[int]) -> Tensor:
+    def __getitems__(self, samples: list[int]) -> Any:
         return self.stream.read(np.asarray(samples, np.int64))
 
 
@@ -213,8 +213,8 @@ class Schedule:
                 yield [i % n for i in range(position + self.rank, min(position + step, end), self.world)]
 
 
-class TokenLoader(DataLoader):
-    """Batches `(B, T + 1)` int64 of a stream for this rank. One iteration is the rest of the current epoch.
+class StreamLoader(DataLoader):
+    """Batches of a stream for this rank. One iteration is the rest of the current epoch.
 
     Build it when the process group exists. It shares the samples among the ranks itself: do not let Fabric replace the
     sampler (`use_distributed_sampler=False`).
@@ -225,8 +225,12 @@ class TokenLoader(DataLoader):
         endless: False for validation: always from the first sample to the last.
         rank: Number of this rank among those that get different samples; from torch.distributed by default.
         world: How many of them there are.
-        num_workers: Processes that read; reading from memory-mapped shards is fast enough without.
+        num_workers: Processes that read; reading from memory-mapped files is fast enough without.
+        collate_fn: Makes a batch of what the stream reads.
     """
+
+    reads = "litgpt's streams"
+    """Whose state it is, for the message when another one is loaded."""
 
     def __init__(
         self,
@@ -236,6 +240,7 @@ class TokenLoader(DataLoader):
         rank: int | None = None,
         world: int | None = None,
         num_workers: int = 0,
+        collate_fn: Callable[[Any], Any] | None = None,
     ) -> None:
         here = rank_and_world()
         rank, world = here[0] if rank is None else rank, here[1] if world is None else world
@@ -243,12 +248,12 @@ class TokenLoader(DataLoader):
         super().__init__(
             Batches(stream),
             batch_sampler=self.schedule,
-            collate_fn=as_it_is,
+            collate_fn=collate_fn or as_it_is,
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
         )
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Any]:
         for batch in super().__iter__():
             self.schedule.consumed += self.schedule.batch_size * self.schedule.world  # workers may be further ahead
             yield batch
@@ -270,9 +275,7 @@ class TokenLoader(DataLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the samples that `state` has consumed, on whatever number of ranks."""
         if not isinstance(state, dict) or "samples" not in state:
-            raise ValueError(
-                "the checkpoint's data state is not one of litgpt's token shards; resume with the same --data"
-            )
+            raise ValueError(f"the checkpoint's data state is not one of {self.reads}; resume with the same --data")
         if (n := state.get("samples_per_epoch")) != self.schedule.n_samples:
             warnings.warn(
                 f"the data has {self.schedule.n_samples} samples per epoch, {n} when the checkpoint was written: "
@@ -282,6 +285,12 @@ class TokenLoader(DataLoader):
         self.schedule.consumed = state["samples"]
 
 
-def as_it_is(batch: Tensor) -> Tensor:
+class TokenLoader(StreamLoader):
+    """Batches `(B, T + 1)` int64 of token shards."""
+
+    reads = "litgpt's token shards"
+
+
+def as_it_is(batch: Any) -> Any:
     """Batches come complete from `Batches`."""
     return batch
