@@ -41,7 +41,7 @@ COMMANDS = {
         "models": ("litgpt.scripts.models:setup", "list the models that are known by name"),
         "plan": ("litgpt.scripts.plan:setup", "parameters, FLOPs and memory of a run before it starts"),
         "validate": ("litgpt.scripts.validate:validate_setup", "check a checkpoint folder"),
-        "merge_lora": ("", "merge LoRA weights into the base model"),
+        "merge_lora": ("litgpt.scripts.merge_lora:merge_lora", "merge LoRA weights into the base model"),
         "convert_to_litgpt": ("litgpt.scripts.convert_hf_checkpoint:convert_hf_checkpoint", "import from Hugging Face"),
         "convert_from_litgpt": (
             "litgpt.scripts.convert_lit_checkpoint:convert_lit_checkpoint",

@@ -5,6 +5,7 @@ those of `model.py` with that done. rsLoRA (arXiv 2312.03732) and DoRA (arXiv 24
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -67,6 +68,11 @@ class LoRASettings:
     def __post_init__(self) -> None:
         if self.r < 1 or not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA needs r >= 1 and 0 <= dropout < 1, not r {self.r} and dropout {self.dropout}")
+
+    @property
+    def scaling(self) -> float:
+        """Factor on the updates."""
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @classmethod
     def from_flags(cls, values: Mapping[str, Any] | object) -> "LoRASettings":
