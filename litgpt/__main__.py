@@ -20,7 +20,7 @@ COMMANDS = {
         "pretrain": ("litgpt.pretrain:setup", "train a model from scratch, or go on training one"),
         "finetune": ("", "the same as finetune_lora"),
         "finetune_lora": ("", "finetune with low-rank adapters"),
-        "finetune_full": ("", "finetune all weights"),
+        "finetune_full": ("litgpt.finetune.full:setup", "finetune all weights"),
         "finetune_adapter": ("", "finetune with adaption prompts"),
         "finetune_adapter_v2": ("", "finetune with adaption prompts, scales and biases"),
         "report": ("", "curves and tables of runs"),

@@ -275,11 +275,18 @@ def log_row(
     fabric.log_dict({name: value for name, value in row.items() if value is not None}, step=row["iter"] - 1)
 
 
-def report(meter: Meter, device: torch.device, out_dir: Path, plot: bool, title: str) -> None:
-    """What the run has come to, and what to type next."""
+def report(
+    meter: Meter, device: torch.device, out_dir: Path, plot: bool, title: str, counts: Mapping[str, int] | None = None
+) -> None:
+    """What the run has come to, and what to type next; `counts` are those of finetuning, see `count_tokens`."""
     rows = read_metrics(out_dir / "metrics.jsonl")
     last_val = next((row for row in reversed(rows) if "val_loss" in row), {})
     lines = [f"Trained on {meter.tokens:,} tokens in {meter.seconds:,.1f} s, {meter.tokens_per_second():,.0f} tokens/s"]
+    if counts:
+        lines.append(
+            f"Tokens of the data {counts['raw']:,}, with the prompt's template {counts['templated']:,}, with padding "
+            f"{counts['padded']:,}"
+        )
     if last_val:
         nats = f", {last_val['val_nats_per_byte']:.3f} nats per byte" if "val_nats_per_byte" in last_val else ""
         lines.append(f"Validation loss {last_val['val_loss']:.3f}{nats} (step {last_val['step']})")
@@ -291,5 +298,6 @@ def report(meter: Meter, device: torch.device, out_dir: Path, plot: bool, title:
             f"Loss curves: {out_dir / 'loss.png'}" if drawn else "Loss curves need `pip install litgpt[plot]`."
         )
     lines.append(f"Checkpoint: {out_dir / 'final'}")
-    lines.append(f'Next: litgpt generate {out_dir / "final"} --prompt "Once upon a time"')
+    prompt = "What food do llamas eat?" if counts else "Once upon a time"
+    lines.append(f'Next: litgpt generate {out_dir / "final"} --prompt "{prompt}"')
     print("\n".join(lines))

@@ -140,9 +140,7 @@ def save_run(
     fabric.barrier()
 
 
-def rotate_checkpoints(
-    fabric: "L.Fabric", out_dir: Path, n_kept: int | None, weights_name: str = WEIGHTS_NAME
-) -> None:
+def rotate_checkpoints(fabric: "L.Fabric", out_dir: Path, n_kept: int | None, weights_name: str = WEIGHTS_NAME) -> None:
     """Remove all but the newest `n_kept` step folders; a kill in between leaves no folder that looks complete."""
     if n_kept is None or fabric.global_rank != 0:
         return
