@@ -1,7 +1,7 @@
 """Tuning a model on preferences: which of two answers is better, or whether one answer is good.
 
-The losses, then `PreferenceObjective`, which gives them the log-probabilities of the answers under the model in training
-(the policy) and under the model it started from (the reference).
+The losses, then `PreferenceObjective`, which gives them the log-probabilities of the answers under the model that is
+tuned (the policy) and under the one it started from (the reference).
 
 Letters in shapes: B pairs or unpaired answers, R rows of the batch, T tokens, K tokens whose logits are needed, V
 vocabulary.
@@ -146,7 +146,8 @@ class PreferenceObjective(Objective):
 
     An example is a pair `{"chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels"}` of int64
     `(T,)`, the labels aligned with the ids and -100 on the prompt; KTO takes single answers `{"input_ids", "labels",
-    "desirable"}` with `desirable` 0 or 1. Either may bring `reference`, the summed log-probabilities of its rows under the reference.
+    "desirable"}` with `desirable` 0 or 1. A pair may bring `reference`, the log-probabilities `(2,)` of its two answers
+    under the reference, summed over their tokens.
 
     `loss` gives sums over pairs (KTO: answers) and their number, so that no split into micro batches changes a step,
     with one exception: KTO estimates the distance from the reference in each micro batch, as the paper does.
