@@ -18,11 +18,11 @@ COMMANDS = {
     },
     "Train": {
         "pretrain": ("litgpt.pretrain:setup", "train a model from scratch, or go on training one"),
-        "finetune": ("", "the same as finetune_lora"),
-        "finetune_lora": ("", "finetune with low-rank adapters"),
+        "finetune": ("litgpt.finetune.lora:setup", "the same as finetune_lora"),
+        "finetune_lora": ("litgpt.finetune.lora:setup", "finetune with low-rank adapters"),
         "finetune_full": ("litgpt.finetune.full:setup", "finetune all weights"),
-        "finetune_adapter": ("", "finetune with adaption prompts"),
-        "finetune_adapter_v2": ("", "finetune with adaption prompts, scales and biases"),
+        "finetune_adapter": ("litgpt.finetune.adapter:setup", "finetune with adaption prompts"),
+        "finetune_adapter_v2": ("litgpt.finetune.adapter_v2:setup", "finetune with adaption prompts, scales and biases"),
         "report": ("", "curves and tables of runs"),
     },
     "Use": {

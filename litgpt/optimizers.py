@@ -66,6 +66,33 @@ def instantiate_torch_optimizer(
         raise ValueError(f"--optimizer {optimizer_class.__name__} with {arguments}: {error}") from error
 
 
+def instantiate_bnb_optimizer(optimizer: str | Mapping[str, Any], model_parameters: Iterable) -> torch.optim.Optimizer:
+    """AdamW of bitsandbytes, whose moments move to the CPU's memory when that of the GPU is full."""
+    return instantiate_torch_optimizer(paged_adamw(optimizer), model_parameters)
+
+
+def paged_adamw(optimizer: str | Mapping[str, Any]) -> dict[str, Any]:
+    """What asks for AdamW turned into what asks for that of bitsandbytes, with the arguments that it knows.
+
+    Raises:
+        ValueError: Another optimizer was asked for.
+    """
+    optimizer_class, arguments = read_optimizer(optimizer)
+    if optimizer_class.__name__ not in ("AdamW", "PagedAdamW"):
+        raise ValueError(f"--optimizer {optimizer_class.__name__} does not go with --quantize on a GPU: use AdamW.")
+    from bitsandbytes.optim import PagedAdamW
+
+    known = inspect.signature(PagedAdamW).parameters
+    kept = {name: value for name, value in arguments.items() if name in known}
+    return {"class_path": "bitsandbytes.optim.PagedAdamW", "init_args": kept}
+
+
+def default_lr(optimizer: str | Mapping[str, Any]) -> float:
+    """The learning rate that is asked for, or else that of the optimizer's class."""
+    optimizer_class, arguments = read_optimizer(optimizer)
+    return arguments.get("lr", inspect.signature(optimizer_class).parameters["lr"].default)
+
+
 def read_optimizer(optimizer: str | Mapping[str, Any]) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """Class and arguments that a command line or a YAML file names."""
     if isinstance(optimizer, str) and optimizer.lstrip().startswith("{"):

@@ -1,6 +1,7 @@
 """What pretraining and finetuning share: batches, schedules, the guarded optimizer step, random state, signals."""
 
 import contextlib
+import inspect
 import math
 import os
 import re
@@ -111,10 +112,15 @@ def num_parameters(module: nn.Module, requires_grad: bool | None = None) -> int:
 
 
 def open_dataloaders(
-    fabric: "Fabric", data: DataModule, tokenizer: Any | None, batch_size: int, max_seq_length: int | None
+    fabric: "Fabric", data: DataModule, tokenizer: Any | None, batch_size: int, max_seq_length: int | None, **more: Any
 ) -> tuple[Any, Any]:
-    """Loaders of training and validation data; the second may be None. Rank 0 prepares, the others wait for it."""
-    data.connect(tokenizer=tokenizer, batch_size=batch_size, max_seq_length=max_seq_length)
+    """Loaders of training and validation data; the second may be None. Rank 0 prepares, the others wait for it.
+
+    `more` goes to `connect` as far as that takes it.
+    """
+    taken = inspect.signature(data.connect).parameters
+    more = {name: value for name, value in more.items() if name in taken}
+    data.connect(tokenizer=tokenizer, batch_size=batch_size, max_seq_length=max_seq_length, **more)
     with fabric.rank_zero_first():
         data.prepare_data()
         data.setup()
@@ -148,15 +154,19 @@ def count_tokens(batch: Any, collated: Mapping[str, Any]) -> dict[str, int]:
     if isinstance(batch, Mapping) and (counts := batch.get("token_counts")):
         n_raw, n_templated = (int(counts[key].sum()) for key in ("raw", "raw_plus_prompt_template"))
         return {"raw": n_raw, "templated": n_templated, "padded": max(n_padded, n_templated)}
-    n_real = 0
+    n_raw = n_real = 0
     for example in split_examples(batch):
+        if isinstance(counts := example.get("token_counts"), Mapping):
+            n_raw, n_real = n_raw + int(counts["raw"]), n_real + int(counts["raw_plus_prompt_template"])
+            continue
         ids = [value for key, value in example.items() if key.endswith("input_ids")]
         if isinstance(batch, Mapping) and len(ids) == 1 and "labels" in example:  # without the padding on the right
             is_real = ((ids[0] != 0) | (example["labels"] != -100)).nonzero()
-            n_real += int(is_real[-1]) + 1 if len(is_real) else 0
+            n = int(is_real[-1]) + 1 if len(is_real) else 0
         else:
-            n_real += sum(value.numel() for value in ids)
-    return {"raw": n_real, "templated": n_real, "padded": max(n_padded, n_real)}
+            n = sum(value.numel() for value in ids)
+        n_raw, n_real = n_raw + n, n_real + n
+    return {"raw": n_raw, "templated": n_real, "padded": max(n_padded, n_real)}
 
 
 def batch_seed(seed: int, rank: int, iter_num: int, split: str) -> int:

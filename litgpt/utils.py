@@ -21,6 +21,7 @@ _MODULE_OF = {
     "flops_per_param": "plan",
     "get_default_supported_precision": "hardware",
     "init_out_dir": "preflight",
+    "instantiate_bnb_optimizer": "optimizers",
     "instantiate_torch_optimizer": "optimizers",
     "num_parameters": "training",
     "parse_devices": "hardware",

@@ -2,8 +2,7 @@
 
 import random
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -108,11 +107,8 @@ def example_prompt(data: DataModule, tokenizer: Tokenizer, which: str | int, see
         index = 0 if which == "first" else int(which)
     if not 0 <= index < len(dataset):
         raise ValueError(f"--eval.evaluate_example is {which}, but the data has {len(dataset)} samples to show")
-    sample: Any = dataset.data[index] if hasattr(dataset, "data") else None
-    style = getattr(data, "prompt_style", None)
-    if isinstance(sample, Mapping) and isinstance(sample.get("instruction"), str) and isinstance(style, PromptStyle):
-        fields = {key: value for key, value in sample.items() if key not in ("instruction", "output")}
-        return tokenizer.encode(style.apply(sample["instruction"], **fields)).long()
+    if hasattr(data, "example_prompt") and hasattr(dataset, "data"):
+        return tokenizer.encode(data.example_prompt(dataset.data[index])).long()
     example = dataset[index]
     return prompt_of(example["input_ids"], example.get("labels"))
 

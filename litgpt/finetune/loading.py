@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from litgpt.checkpoint.meta import meta_device
 from litgpt.config import Config
 from litgpt.finetune.method import Method
 from litgpt.finetune.settings import Settings
 from litgpt.generate.loading import load_model
 from litgpt.parallel import is_sharded
+from litgpt.quantize import load_quantized
 from litgpt.registry import ModelSpec
+from litgpt.registry import build_model as build
 from litgpt.surgery import cast_frozen
 
 if TYPE_CHECKING:
@@ -31,7 +34,9 @@ def build_model(
     if settings.quantize is None:
         model = load_model(spec, config, whole, device, weights_dtype(precision))
     else:
-        raise NotImplementedError
+        with meta_device():
+            model = build(spec, config)
+        load_quantized(model, whole, settings.quantize, weights_dtype(precision), device)
     method.prepare(model, config)
     method.mark_trainable(model)
     for parameter in model.parameters():

@@ -11,6 +11,7 @@ import signal
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from litgpt.finetune.settings import Settings
 from litgpt.hardware import device_peak_flops
 from litgpt.loggers import Meter, MetricsWriter, Progress, log_row, report
 from litgpt.objective import Objective
+from litgpt.optimizers import paged_adamw
 from litgpt.parallel import checkpoint_blocks
 from litgpt.prompts import PromptStyle, save_prompt_style
 from litgpt.registry import ModelSpec
@@ -110,11 +112,16 @@ def run(
     if settings.activation_checkpointing:
         checkpoint_blocks(model)
     model = fabric.setup(torch.compile(model) if settings.compile else model)
-    optimizer = fabric.setup_optimizers(method.build_optimizer(settings.optimizer, model))
+    chosen = settings.optimizer
+    if settings.quantize is not None and fabric.device.type == "cuda":
+        chosen = paged_adamw(chosen)
+    optimizer = fabric.setup_optimizers(method.build_optimizer(chosen, model))
     base_lrs = [group["lr"] for group in optimizer.param_groups]
 
     # Act 3: the data
-    train_dataloader, val_dataloader = open_dataloaders(fabric, data, tokenizer, train.micro_batch_size, context)
+    train_dataloader, val_dataloader = open_dataloaders(
+        fabric, data, tokenizer, train.micro_batch_size, context, vocab_size=getattr(config, "padded_vocab_size", None)
+    )
     if val_dataloader is not None and hasattr(val_dataloader, "__len__") and not len(val_dataloader):
         warnings.warn("There is no validation data: the run is not validated.", stacklevel=1)
         val_dataloader = None
@@ -141,7 +148,7 @@ def run(
     # Act 6: the end
     save_weights(job, out_dir / "final")
     if fabric.global_rank == 0 and (out_dir / "best").is_dir():
-        method.finish(out_dir / "best", settings.checkpoint_dir, settings.precision)
+        method.finish(out_dir / "best", settings.checkpoint_dir, config)
     if fabric.global_rank == 0:
         counts = {name: state["run"].get(name, 0) for name in COUNTS}
         report(meter, fabric.device, out_dir, settings.plot, title=f"{config.name} {method.name}", counts=counts)
@@ -278,7 +285,11 @@ def length_of(loader: Any, train: TrainArgs, n_accumulated: int) -> tuple[int | 
     with contextlib.suppress(TypeError):  # a stream has no length
         steps_per_epoch = math.ceil(len(loader) / n_accumulated)
     limits = [train.max_steps] if train.max_steps else []
-    if train.epochs and steps_per_epoch is not None:
+    if train.epochs and (schedule := getattr(loader, "schedule", None)) is not None:  # batches may reach over its end
+        each = schedule.batch_size * schedule.world
+        ends = [math.ceil(epoch * schedule.n_samples / each) for epoch in range(train.epochs + 1)]
+        limits.append(sum(math.ceil((end - start) / n_accumulated) for start, end in pairwise(ends)))
+    elif train.epochs and steps_per_epoch is not None:
         limits.append(train.epochs * steps_per_epoch)
     if not limits:
         raise ValueError("The length of the data is not known: say --train.max_steps in place of --train.epochs.")
@@ -342,7 +353,7 @@ def save_weights(run: Run, folder: Path, is_final: bool = True) -> None:
     def finish(folder: Path) -> None:
         write_style(run.data, folder)
         if is_final:
-            run.method.finish(folder, run.settings.checkpoint_dir, run.settings.precision)
+            run.method.finish(folder, run.settings.checkpoint_dir, run.config)
 
     with averaged(run):
         save(run, run.state, folder / run.method.weights_name, weights_only=True, finish=finish)

@@ -38,13 +38,13 @@ class Method:
         """The optimizer over what is trained."""
         return build_optimizer(optimizer, model)
 
-    def finish(self, folder: Path, checkpoint_dir: Path, precision: str | None) -> None:
+    def finish(self, folder: Path, checkpoint_dir: Path, config: Config) -> None:
         """Add to the folder of the final weights what makes it ready for use, before the folder appears.
 
         Args:
             folder: Holds the weights file, the configs and the tokenizer.
             checkpoint_dir: The model that was finetuned.
-            precision: In which it was trained.
+            config: Its config.
         """
 
     @property

@@ -7,11 +7,14 @@ from typing import Any, Literal
 
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.data.base import DataModule
+from litgpt.quantize import check_mode
 
 TRAIN = TrainArgs(
     save_interval=1000, log_interval=1, global_batch_size=16, micro_batch_size=1, lr_warmup_steps=100, epochs=5
 )
 """The published defaults of `--train.*`, for all methods."""
+Quantize = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training"]
+"""How frozen weights may be kept."""
 EVAL = EvalArgs(interval=100, max_new_tokens=100, max_iters=100)
 """The published defaults of `--eval.*`, for all methods but full."""
 
@@ -52,13 +55,10 @@ class Settings:
             issues.append(f"--ema_decay is {self.ema_decay}: it must be between 0 and 1")
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
             issues.append(f"--early_stopping_patience is {self.early_stopping_patience}: it must be 1 or more")
-        if self.quantize is not None and self.precision is not None and self.precision.endswith("-mixed"):
-            issues.append(
-                f"--quantize {self.quantize} does not go with --precision {self.precision}: take bf16-true, 16-true or "
-                "32-true"
-            )
         if issues:
             raise ValueError("; ".join(issues))
+        if self.quantize is not None:
+            check_mode(self.quantize, self.precision, is_training=True)
 
 
 def validate_args(train: TrainArgs, eval: EvalArgs) -> None:

@@ -19,7 +19,7 @@ WORDS = ["tree", "house", "river", "blue", "green", "fast", "slow", "and", "then
 CONFIG = dict(
     name="tiny", n_layer=3, n_embd=32, n_head=4, n_query_groups=2, block_size=64, vocab_size=300, padded_vocab_size=320,
     intermediate_size=48, mlp_class_name="LLaMAMLP", norm_class_name="RMSNorm", bias=False, rotary_percentage=1.0,
-    parallel_residual=False,
+    parallel_residual=False, dropout=0.1,
 )  # fmt: skip
 
 
