@@ -106,7 +106,12 @@ def _find_layers(model: nn.Module, settings: LoRASettings, prefix: str = "") -> 
     if settings.targets is not None:
         return {"targets": find_linears(model, settings.targets)}
     there, on = linear_names(model), [switch for switch in _LAYERS if getattr(settings, switch)]
-    return {f"lora_{s}": [name for name in there if any(is_match(prefix + name, t) for t in _LAYERS[s])] for s in on}
+    return {f"lora_{switch}": [name for name in there if switch in switches_for(prefix + name)] for switch in on}
+
+
+def switches_for(name: str) -> list[str]:
+    """The switches of `LoRASettings` that mean the layer of a GPT called so."""
+    return [switch for switch, layers in _LAYERS.items() if any(is_match(name, layer) for layer in layers)]
 
 
 def _wrap(model: nn.Module, settings: LoRASettings, names: set[str], prefix: str = "") -> None:

@@ -68,9 +68,9 @@ class LoRALinear(LoRALayer):
         nn.init.zeros_(self.lora_B)
         if self.use_dora and not self.lora_magnitude.is_meta:
             with torch.no_grad():
-                self.lora_magnitude.copy_(self._of_parts(row_norms(plain_weight(self.linear))))
+                self.lora_magnitude.copy_(self.of_parts(row_norms(plain_weight(self.linear))))
 
-    def _of_parts(self, values: Tensor) -> Tensor:
+    def of_parts(self, values: Tensor) -> Tensor:
         """Those of the parts, of something that has one row for each row of the weight."""
         return torch.cat([values[start:stop] for start, stop in self.parts])
 
@@ -150,7 +150,7 @@ class LoRALinear(LoRALayer):
         weight = state_dict.get(f"{prefix}weight", state_dict.get(f"{prefix}linear.weight"))
         is_plain = weight is not None and weight.shape == self.linear.weight.shape
         if hasattr(self, "lora_magnitude") and is_plain and (self.lora_B.is_meta or not self.lora_B.any()):
-            lengths = self._of_parts(row_norms(weight)).to(self.lora_magnitude.dtype)
+            lengths = self.of_parts(row_norms(weight)).to(self.lora_magnitude.dtype)
             state_dict.setdefault(f"{prefix}lora_magnitude", lengths)  # those of other weights until now
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

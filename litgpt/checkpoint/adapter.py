@@ -142,7 +142,7 @@ class StateDictAdapter:
         unknown, left_out = [], Counter()
         extra_layers = tuple(name.partition("eh_proj.")[0] for name in tensors if ".eh_proj." in name)
         for name, tensor in tensors.items():
-            spelled = next((s for s in self._spellings(name) if s in known), None)
+            spelled = next((s for s in self.spellings(name) if s in known), None)
             if spelled in found:
                 raise ValueError(f"`{spelled}` is there twice, also as `{name}`; delete one of the weight files")
             if spelled is not None:
@@ -159,7 +159,7 @@ class StateDictAdapter:
             warnings.warn(f"{left_out[notice]} tensors of the weights are left out: {notice}", stacklevel=3)
         return found
 
-    def _spellings(self, name: str) -> Iterator[str]:
+    def spellings(self, name: str) -> Iterator[str]:
         """`name` and what it can mean: the text part of a larger model, a model without head, another spelling."""
         text = TEXT_PART.sub("", name)
         for spelling in (name, text, f"{self.table.layers.partition('.')[0]}.{text}"):
