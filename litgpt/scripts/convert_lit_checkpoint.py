@@ -12,12 +12,17 @@ from torch import Tensor
 
 from litgpt.checkpoint.adapter import StateDictAdapter
 from litgpt.checkpoint.export import check_keys, open_export, write_gguf_file, write_hf_folder, write_hf_state_dict
-from litgpt.checkpoint.folders import extend_checkpoint_dir
+from litgpt.checkpoint.folders import existing_file, extend_checkpoint_dir
+from litgpt.checkpoint.hub import find_checkpoint
 from litgpt.checkpoint.layouts import order_heads
 from litgpt.checkpoint.lazy import LazyTensor
+from litgpt.checkpoint.lora_merge import LORA_NAME
+from litgpt.checkpoint.peft_folder import export_peft
 from litgpt.config import Config
+from litgpt.lora import LoRASettings
 from litgpt.model import GPT
 from litgpt.registry import ModelSpec, load_checkpoint_config
+from litgpt.scripts.merge_lora import load_lora_metadata
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -26,7 +31,7 @@ def convert_lit_checkpoint(
     checkpoint_dir: Path,
     output_dir: Path,
     *,
-    format: Literal["hf", "gguf", "pth"] = "hf",
+    format: Literal["hf", "gguf", "pth", "peft"] = "hf",
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     gguf_type: Literal["f16", "bf16", "q8_0"] = "f16",
     max_shard_size: str = "5GB",
@@ -37,7 +42,8 @@ def convert_lit_checkpoint(
     shards with their index), tokenizer, chat template, generation_config.json. All commands of litgpt read it too.
     `--format gguf` writes one file for llama.cpp, Ollama and LM Studio, with tokenizer and chat template.
     `--format pth` writes OUTPUT_DIR/model.pth alone, as 0.5 did, for `from_pretrained(.., state_dict=torch.load(..))`.
-    Only one of the three is written, so that the weights are not twice on the disk: a script that loads model.pth needs
+    `--format peft` writes what LoRA finetuning learned, without the model, as an adapter folder for PEFT and vLLM.
+    Only one of them is written, so that the weights are not twice on the disk: a script that loads model.pth needs
     `--format pth`.
 
     Args:
@@ -45,7 +51,7 @@ def convert_lit_checkpoint(
             NAME.
         output_dir: Folder to write into. For hf it must not exist, be empty, or be an earlier export, which is replaced
             once the new one is complete.
-        format: hf, gguf or pth; see above.
+        format: hf, gguf, pth or peft; see above.
         dtype: float32, float16 or bfloat16 to cast the weights to. Without it they stay as they are. For hf and pth.
         gguf_type: f16, bf16 or q8_0 (8 bits a weight), for the matrices in a GGUF file.
         max_shard_size: Largest size of a safetensors file, such as 5GB or 500MB.
@@ -54,10 +60,15 @@ def convert_lit_checkpoint(
     max_shard_bytes = parse_size(max_shard_size)
     if not checkpoint_dir.is_dir():
         raise FileNotFoundError(f"{checkpoint_dir} is no folder: name the checkpoint to convert")
-    if dtype is not None and format == "gguf":
-        raise ValueError(f"--dtype {dtype} is for hf and pth: a GGUF file takes `--gguf_type`")
-    if format not in ("hf", "gguf", "pth") or gguf_type not in ("f16", "bf16", "q8_0"):
-        raise ValueError(f"format {format!r} with gguf_type {gguf_type!r}: choose hf, gguf or pth; f16, bf16 or q8_0")
+    if dtype is not None and format in ("gguf", "peft"):
+        raise ValueError(
+            f"--dtype {dtype} is for hf and pth" + ": a GGUF file takes `--gguf_type`" * (format == "gguf")
+        )
+    if format not in ("hf", "gguf", "pth", "peft") or gguf_type not in ("f16", "bf16", "q8_0"):
+        choice = "hf, gguf, pth or peft; f16, bf16 or q8_0"
+        raise ValueError(f"format {format!r} with gguf_type {gguf_type!r}: choose {choice}")
+    if format == "peft":
+        return _write_adapter(checkpoint_dir, output_dir)
     spec, config = load_checkpoint_config(checkpoint_dir)
     weight_map, cast_to = _weight_map(spec, format), None if dtype is None else _dtype(dtype)
     try:
@@ -75,6 +86,17 @@ def convert_lit_checkpoint(
     size = sum(file.stat().st_size for file in files)
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
     print(f"{files[0]}{more}: a {export.model_type} model, {size / 1e6:,.1f} MB")
+
+
+def _write_adapter(checkpoint_dir: Path, output_dir: Path) -> None:
+    existing_file(checkpoint_dir / LORA_NAME)
+    lora, base, _ = load_lora_metadata(checkpoint_dir)
+    base = find_checkpoint(base, download=False)
+    spec, config = load_checkpoint_config(base)
+    if spec.weight_map is not None:
+        raise ValueError(f"no other program knows {spec.name} models, so that their updates are of no use there")
+    file = export_peft(checkpoint_dir, base, config, LoRASettings.from_flags(lora), output_dir)
+    print(f"{file}: {file.stat().st_size / 1e6:,.1f} MB")
 
 
 def _weight_map(spec: ModelSpec, format: str) -> Any:

@@ -168,3 +168,21 @@ def test_folder_with_other_files_is_not_replaced(tmp_path):
     export_peft(run, base, config, settings, tmp_path / "adapter")
     with pytest.raises(ValueError, match="something else"):
         export_peft(run, base, config, settings, base)
+
+
+def test_command_writes_the_adapter_of_a_run(tmp_path, capsys):
+    from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
+
+    settings = LoRASettings(r=3, alpha=6, dropout=0.0, mlp=True)
+    base, run, config, _ = tuned_run(tmp_path, "llama", settings)
+    (run / "hyperparameters.yaml").write_text(f"checkpoint_dir: {base}\nlora_r: 3\nlora_alpha: 6\nlora_mlp: true\n")
+    convert_lit_checkpoint(run, tmp_path / "adapter", format="peft")
+    assert str(tmp_path / "adapter" / "adapter_model.safetensors") in capsys.readouterr().out
+    export_peft(run, base, config, settings, tmp_path / "other")
+    written, wanted = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "other"))
+    assert written.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in written.items())
+    with pytest.raises(FileNotFoundError, match=r"lit_model.pth.lora"):
+        convert_lit_checkpoint(base, tmp_path / "again", format="peft")
+    with pytest.raises(ValueError, match="dtype"):
+        convert_lit_checkpoint(run, tmp_path / "again", format="peft", dtype="bfloat16")
