@@ -6,6 +6,7 @@ Letters in shapes are those of `model.py`; P is the number of prompts of a layer
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class PromptedAttention:
 
     def add_prompts(self, prompt_length: int, like: Tensor | None = None) -> None:
         """Gives the layer its prompts and gates, in the dtype of `like`, on the device of the layer."""
-        where = dict(device=next(self.parameters()).device, dtype=None if like is None else like.dtype)
+        device = next(chain(self.parameters(), self.buffers())).device  # quantised layers have buffers only
+        where = dict(device=device, dtype=None if like is None else like.dtype)
         self.adapter_wte = nn.Embedding(prompt_length, self.config.n_embd, **where)
         self.gating_factor = nn.Parameter(torch.zeros(1, 1, self.config.n_head, 1, **where))
         self.has_prompts = True

@@ -211,7 +211,7 @@ def quantizable_linears(model: nn.Module) -> list[str]:
     """Paths of the plain linear layers inside of repeated blocks, but for the routers of experts."""
     routers = {module.gate for module in model.modules() if isinstance(module, LLaMAMoE)}
     found = [name for name, module in model.named_modules() if type(module) is nn.Linear and module not in routers]
-    lists = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [f"{name}." if name else "" for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     return [name for name in found if any(name.startswith(prefix) for prefix in lists)]
 
 
@@ -231,7 +231,9 @@ def quantize_model(model: nn.Module, mode: str, compute_dtype: torch.dtype | Non
     load_bitsandbytes()
     names = quantizable_linears(model)
     if not names and not any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} has no linear layers in a ModuleList of blocks that could be quantised")
+        raise ValueError(
+            f"{type(model).__name__} has no linear layers in a ModuleList of blocks that could be quantised"
+        )
     for name in names:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, quantized(model.get_submodule(name), mode, compute_dtype))
