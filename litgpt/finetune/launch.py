@@ -21,7 +21,11 @@ from litgpt.tokenizer import Tokenizer
 
 
 def launch(
-    command: Callable[..., Any], method: Method, values: Mapping[str, Any], objective: Objective | None = None
+    command: Callable[..., Any],
+    method: Method,
+    values: Mapping[str, Any],
+    objective: Objective | None = None,
+    before: Callable[..., None] | None = None,
 ) -> Run:
     """Check what was asked for, start the devices, and run.
 
@@ -30,6 +34,7 @@ def launch(
         method: What is trained.
         values: The arguments of `setup`, by name; those that are no `Settings` are the method's business.
         objective: What to train; None: the model's own.
+        before: Called on every device before the run, with its fabric, model spec, config, data, settings, tokenizer.
     """
     remember_hyperparameters(command, values)
     known = {field.name for field in fields(Settings)} - {"command"}
@@ -66,6 +71,8 @@ def launch(
     fabric.launch()
     if tracker is not None and settings.logger_name in ("tensorboard", "wandb", "mlflow"):
         fabric.logger.log_hyperparams(plain(dict(values)))
+    if before is not None:
+        before(fabric, spec, config, data, settings, tokenizer)
     return run(fabric, method, spec, config, objective, data, settings, tokenizer)
 
 
