@@ -258,6 +258,10 @@ def load_quantized(
         mode: One of `MODES`.
         dtype: Of everything that is not quantised, and of the computation.
         device: Where each block is quantised, and where the model then is.
+
+    Returns:
+        The model. Buffers that its constructor computes and no checkpoint holds are still on the meta device; in that
+        case the rest stays where it was read to.
     """
     check_mode(mode)
     tensors, config = open_weights(checkpoint_dir), getattr(model, "config", None)
@@ -271,7 +275,8 @@ def load_quantized(
         quantize_model(nn.ModuleList([block.to(device)]), mode, dtype)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
     model.load_state_dict(_read(tensors, dtype), strict=False, assign=True)
-    return model.to(device)
+    is_whole = not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    return model.to(device) if is_whole else model
 
 
 def _blocks(model: nn.Module) -> Iterator[str]:

@@ -7,7 +7,7 @@ import inspect
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from litgpt.generate.sampling import Sampler, draw, sample_top_p
 from litgpt.generate.stopping import StopMatcher, stop_at_text
 from litgpt.objective import NextToken, Objective
 from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
+from litgpt.quantize import check_mode, load_bitsandbytes
 from litgpt.registry import ModelSpec, get_objective, load_checkpoint_config
 from litgpt.tokenizer import Tokenizer
 
@@ -197,7 +198,9 @@ def generate(
 # ---------------------------------------------------------------- litgpt generate
 
 
-@torch.inference_mode()
+Quantize = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"]
+
+
 def main(
     checkpoint_dir: Path,
     prompt: str = "What food do llamas eat?",
@@ -208,7 +211,7 @@ def main(
     top_k: int | None = 50,
     top_p: float = 1.0,
     temperature: float = 0.8,
-    quantize: Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"] | None = None,
+    quantize: Quantize | None = None,
     precision: str | None = None,
     compile: bool = False,
     seed: int = 1234,
@@ -227,7 +230,7 @@ def main(
         top_k: Draw only from the so many most likely tokens; null draws from all.
         top_p: Draw only from the fewest tokens whose probabilities add up to this; 1 draws from all.
         temperature: Below 1 makes the text more predictable, above 1 less; 0 always takes the most likely token.
-        quantize: Not in this version yet.
+        quantize: Keep the weights of the blocks in 4 bits (bnb.nf4 is the best of them, -dq a little smaller) or in 8.
         precision: 32-true, bf16-true, 16-true, bf16-mixed, 16-mixed or 64-true. Default: bf16-true where there is bf16.
         compile: Compile the decode step: slow to start, faster for long texts.
         seed: The same seed gives the same texts.
@@ -235,25 +238,63 @@ def main(
         stream: Print each piece of the text as soon as it is certain.
         stop: Strings that end the text; they are not printed.
     """
-    if quantize is not None:
-        raise ValueError(f"--quantize {quantize}: quantized inference is not in this version yet; leave it out")
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    write_texts(
+        checkpoint_dir, prompt, sampling, sys_prompt=sys_prompt, num_samples=num_samples, quantize=quantize,
+        max_new_tokens=max_new_tokens, precision=precision, compile=compile, seed=seed, stream=stream, stop=stop,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def write_texts(
+    checkpoint_dir: Path,
+    prompt: str,
+    sampling: dict[str, Any],
+    *,
+    load: Callable[..., nn.Module] | None = None,
+    style_dir: Path | None = None,
+    with_prompt: bool = True,
+    sys_prompt: str | None = None,
+    input: str = "",
+    num_samples: int = 1,
+    max_new_tokens: int = 50,
+    quantize: str | None = None,
+    precision: str | None = None,
+    compile: bool = False,
+    seed: int = 1234,
+    stream: bool = True,
+    stop: list[str] | None = None,
+) -> None:
+    """Under all commands that print texts; for what is not said here see `main`.
+
+    Args:
+        sampling: `temperature`, `top_k`, `top_p`, `min_p`.
+        load: What gives the model instead of `load_model`, with the same arguments.
+        style_dir: Folder whose prompt style goes before that of `checkpoint_dir`, where it has one.
+        with_prompt: Print the prompt before the text.
+        input: Further text for the prompt, in styles that have a place for it.
+    """
     for name, count in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens)):
         if count < 1:
             raise ValueError(f"{name} {count} is below 1: there would be nothing to generate")
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     Sampler(**sampling)  # refuses bad settings before anything is loaded
     checkpoint_dir = extend_checkpoint_dir(Path(checkpoint_dir))
     check_valid_checkpoint_dir(checkpoint_dir, ignore_tokenizer_files=True)
     device = default_device()
     dtype, autocast_dtype = parse_precision(precision)
+    if quantize is not None:
+        check_mode(quantize, precision, is_training=False)
+        load_bitsandbytes()
     spec, config = load_checkpoint_config(checkpoint_dir)
     predict = own_predict(spec)
     tokenizer = Tokenizer(checkpoint_dir)
-    style = load_prompt_style(checkpoint_dir) if has_prompt_style(checkpoint_dir) else PromptStyle.from_config(config)
-    idx = tokenizer.encode(style.apply(prompt, sys_prompt=sys_prompt), device=device).long()  # (T,)
+    styled = [folder for folder in (style_dir, checkpoint_dir) if folder is not None and has_prompt_style(folder)]
+    style = load_prompt_style(styled[0]) if styled else PromptStyle.from_config(config)
+    text = style.apply(prompt, sys_prompt=sys_prompt, **({"input": input} if input else {}))
+    idx = tokenizer.encode(text, device=device).long()  # (T,)
     _check_prompt(idx, max_new_tokens, config, checkpoint_dir)
     start = time.perf_counter()
-    model = load_model(spec, config, checkpoint_dir, device, dtype)
+    model = (load or load_model)(spec, config, checkpoint_dir, device, dtype, quantize)
     _report(f"Time to load the model: {time.perf_counter() - start:.2f} s")
 
     rng = torch.Generator(device).manual_seed(seed)
@@ -273,7 +314,7 @@ def main(
                 tokens = predict(
                     model, idx, max_new_tokens=max_new_tokens, **sampling, rng=rng, eos_id=tokenizer.eos_id
                 )
-            n_new = _print_text(tokens, tokenizer, stop or [], stream)
+            n_new = _print_text(tokens, tokenizer, stop or [], stream, with_prompt)
         seconds = time.perf_counter() - start
         _report(f"Time for inference {n + 1}: {seconds:.2f} s in total, {n_new / seconds:.2f} tokens/s")
     if device.type == "cuda":
@@ -310,9 +351,13 @@ def own_predict(spec: ModelSpec) -> Callable[..., Iterator[Tensor]] | None:
     return predict
 
 
-def _print_text(tokens: Iterable[Tensor], tokenizer: Tokenizer, stop: list[str], stream: bool) -> int:
+def _print_text(
+    tokens: Iterator[Tensor], tokenizer: Tokenizer, stop: list[str], stream: bool, with_prompt: bool
+) -> int:
     """Print prompt and answer; the first of `tokens` is the prompt. Returns the number of new tokens."""
-    n_new = -1
+    n_new = -1 if with_prompt else 0
+    if not with_prompt:
+        next(tokens)
 
     def counted() -> Iterator[Tensor]:
         nonlocal n_new

@@ -10,6 +10,7 @@ from litgpt.checkpoint.loading import load_model_weights
 from litgpt.checkpoint.meta import meta_device
 from litgpt.config import Config
 from litgpt.hardware import calculate_number_of_devices, get_default_supported_precision
+from litgpt.quantize import load_quantized, quantize_model
 from litgpt.registry import ModelSpec, build_model
 
 _DTYPES = {"32": torch.float32, "64": torch.float64, "bf16": torch.bfloat16, "16": torch.float16}
@@ -62,16 +63,38 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
 
 
 def load_model(
-    spec: ModelSpec, config: Config, checkpoint_dir: Path | str, device: torch.device, dtype: torch.dtype
-) -> nn.Module:
-    """The model of a checkpoint in evaluation mode; the weights are read once, straight from the mapped file."""
+    spec: ModelSpec, config: Config, checkpoint_dir: Path | str, device: torch.device, dtype: torch.dtype,
+    quantize: str | None = None
+) -> nn.Module:  # fmt: skip
+    """The model of a checkpoint in evaluation mode; the weights are read once, straight from the mapped file.
+
+    Args:
+        checkpoint_dir: The folder, or the weights file in it.
+        dtype: Of all weights that are not quantised, and of the computation.
+        quantize: How the blocks are quantised, see `quantize.MODES`; a whole model in `dtype` is then never in memory.
+    """
     try:
         with meta_device():
             model = build_model(spec, config)
     except (NotImplementedError, RuntimeError):
         model = build_model(spec, config)  # its constructor reads values of tensors
-    load_model_weights(model, checkpoint_dir, dtype=dtype)
+    if quantize is not None and any(parameter.is_meta for parameter in model.parameters()):
+        load_quantized(model, checkpoint_dir, quantize, dtype, device)
+    else:
+        load_model_weights(model, checkpoint_dir, dtype=dtype)
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         model = build_model(spec, config)  # its constructor computes buffers that no checkpoint holds
         load_model_weights(model, checkpoint_dir, dtype=dtype)
+    if quantize is not None:
+        quantize_model(model, quantize, dtype)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def find_weights(path: Path, name: str, command: str) -> Path:
+    """The file `path`, or `name` in the folder `path`; a FileNotFoundError says which command writes such files."""
+    file = Path(path) / name if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is not there: name the file that {command} wrote, such as OUT_DIR/final/{name}, or its folder"
+        )
+    return file

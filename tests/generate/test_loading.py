@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from litgpt.checkpoint.io import save_torch
 from litgpt.config import Config, save_config
 from litgpt.generate.loading import autocast, load_model, parse_precision
 from litgpt.model import GPT
+from litgpt.quantize import QuantizedLinear, quantize_model
 from litgpt.registry import load_checkpoint_config
 
 CPU = torch.device("cpu")
@@ -40,6 +42,40 @@ def test_weights_are_cast(saved):
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.bfloat16())
     assert loaded(torch.arange(20)[None]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("mode", ["bnb.nf4", "bnb.int8"])
+def test_quantised_model_is_the_loaded_one_quantised(saved, mode):
+    pytest.importorskip("bitsandbytes")
+    _, folder = saved
+    spec, config = load_checkpoint_config(folder)
+    loaded = load_model(spec, config, folder, CPU, torch.bfloat16, mode)
+    expected = quantize_model(load_model(spec, config, folder, CPU, torch.bfloat16), mode)
+    idx = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(idx), expected(idx)) and not loaded.training
+    assert (loaded.lm_head.weight is loaded.transformer.wte.weight) == config.tie_embeddings
+
+
+class Shifted(GPT):
+    """Has a buffer that its constructor computes and no checkpoint holds."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("shift", torch.arange(config.n_embd).float(), persistent=False)
+
+    def embed(self, idx, ctx):
+        return super().embed(idx, ctx) + self.shift
+
+
+def test_quantised_model_keeps_what_its_constructor_computes(saved):
+    pytest.importorskip("bitsandbytes")
+    _, folder = saved
+    spec, config = load_checkpoint_config(folder)
+    spec = replace(spec, model=Shifted)
+    loaded = load_model(spec, config, folder, CPU, torch.float32, "bnb.nf4")
+    assert isinstance(loaded.transformer.h[0].mlp.proj, QuantizedLinear)
+    assert torch.equal(loaded.shift, torch.arange(16).float()) and loaded(torch.arange(9)[None]).isfinite().all()
 
 
 def test_loading_imports_neither_lightning_nor_a_compiler(saved):
