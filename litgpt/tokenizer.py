@@ -36,6 +36,7 @@ class Tokenizer:
         bos_id, eos_id: ids of the tokens that begin and end a text; None where there is none.
         eos_ids: all ids after which the model has ended: `eos_id`, then the others that generation_config.json lists.
         use_bos: whether `encode` adds BOS when it is not told.
+        checkpoint_dir: the folder.
         model_name: name of the folder.
         apply_decoding_fix: whether a single token keeps the space in front of it when it is decoded (Llama style).
     """
@@ -44,6 +45,7 @@ class Tokenizer:
         checkpoint_dir = Path(checkpoint_dir)
         if not checkpoint_dir.is_dir():
             raise NotADirectoryError(f"The tokenizer folder {str(checkpoint_dir)!r} does not exist.")
+        self.checkpoint_dir = checkpoint_dir
         self.model_name = checkpoint_dir.resolve().name
         self.bos_id: int | None = None
         self.eos_id: int | None = None
