@@ -44,6 +44,8 @@ class BatchStream:
     def __init__(self, loader: Any, overfit: int | None = None, skip: int = 0) -> None:
         self.loader, self.overfit = loader, overfit
         self._epochs, self._batches = 0, self._cycle(skip) if overfit else self._read(skip)
+        self.begun = 0
+        """Number of the epoch that the last batch comes from, or begins in."""
 
     @property
     def epoch(self) -> int:
@@ -68,6 +70,7 @@ class BatchStream:
 
     def _read(self, skip: int = 0) -> Iterator[Any]:
         for self._epochs in count():
+            self.begun = self.epoch
             with torch.random.fork_rng(devices=[]):
                 batches = iter(self.loader)
                 batch = next(batches, None)

@@ -1,7 +1,7 @@
 """`litgpt finetune_adapter`: train adaption prompts of a frozen model."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
@@ -9,10 +9,28 @@ from litgpt.adapter import adapter_filter, add_adapter, mark_only_adapter_as_tra
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.config import Config
 from litgpt.data.base import DataModule
+from litgpt.finetune.example import generate_example
 from litgpt.finetune.launch import launch
 from litgpt.finetune.method import Method
-from litgpt.finetune.settings import EVAL, TRAIN, Quantize
+from litgpt.finetune.published import (
+    fit_of,
+    get_dataloaders,
+    get_longest_seq_length,
+    get_lr_scheduler,
+    run_main,
+    save_part,
+    validate,
+)
+from litgpt.finetune.settings import EVAL, TRAIN, Quantize, validate_args
 from litgpt.types import LoggerChoice
+
+if TYPE_CHECKING:
+    import lightning as L
+
+__all__ = [
+    "Adapter", "fit", "generate_example", "get_dataloaders", "get_longest_seq_length", "get_lr_scheduler", "main",
+    "save_adapter_checkpoint", "setup", "validate", "validate_args",
+]  # fmt: skip
 
 
 class Adapter(Method):
@@ -90,3 +108,29 @@ def setup(
         plot: Whether to draw the loss curves at the end.
     """
     launch(setup, Adapter(), locals())
+
+
+def main(
+    fabric: "L.Fabric",
+    devices: int,
+    seed: int,
+    config: Config,
+    data: DataModule,
+    checkpoint_dir: Path,
+    out_dir: Path,
+    train: TrainArgs,
+    eval: EvalArgs,
+    optimizer: str | dict,
+    num_nodes: int = 1,
+) -> None:
+    """One run on devices that `fabric` has launched, as scripts written for 0.5 call it."""
+    how = dict(train=train, eval=eval, optimizer=optimizer, seed=seed)
+    run_main(setup, Adapter(), fabric, checkpoint_dir, data, out_dir=out_dir, **how)
+
+
+fit = fit_of(setup, Adapter())
+
+
+def save_adapter_checkpoint(fabric: "L.Fabric", model: nn.Module, file_path: Path) -> None:
+    """Write what this method trains into one file."""
+    save_part(fabric, Adapter(), model, file_path)

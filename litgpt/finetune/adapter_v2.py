@@ -1,18 +1,38 @@
 """`litgpt finetune_adapter_v2`: train adaption prompts, norms, and a scale and bias of each linear layer."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from litgpt.adapter_v2 import adapter_filter, add_adapter_v2, mark_only_adapter_v2_as_trainable
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.config import Config
 from litgpt.data.base import DataModule
+from litgpt.finetune.example import generate_example
 from litgpt.finetune.launch import launch
 from litgpt.finetune.method import Method
-from litgpt.finetune.settings import EVAL, TRAIN, Quantize
+from litgpt.finetune.published import (
+    get_dataloaders,
+    get_longest_seq_length,
+    get_lr_scheduler,
+    run_fit,
+    run_main,
+    save_part,
+    validate,
+)
+from litgpt.finetune.settings import EVAL, TRAIN, Quantize, validate_args
 from litgpt.types import LoggerChoice
+
+if TYPE_CHECKING:
+    import lightning as L
+
+__all__ = [
+    "AdapterV2", "fit", "generate_example", "get_dataloaders", "get_longest_seq_length", "get_lr_scheduler", "main",
+    "save_adapter_v2_checkpoint", "setup", "validate", "validate_args",
+]  # fmt: skip
 
 
 class AdapterV2(Method):
@@ -90,3 +110,49 @@ def setup(
         plot: Whether to draw the loss curves at the end.
     """
     launch(setup, AdapterV2(), locals())
+
+
+def main(
+    fabric: "L.Fabric",
+    devices: int,
+    seed: int,
+    config: Config,
+    data: DataModule,
+    resume: bool,
+    checkpoint_dir: Path,
+    out_dir: Path,
+    train: TrainArgs,
+    eval: EvalArgs,
+    optimizer: str | dict,
+    num_nodes: int = 1,
+) -> None:
+    """One run on devices that `fabric` has launched, as scripts written for 0.5 call it."""
+    how = dict(train=train, eval=eval, optimizer=optimizer, resume=resume, seed=seed)
+    run_main(setup, AdapterV2(), fabric, checkpoint_dir, data, out_dir=out_dir, **how)
+
+
+def fit(
+    fabric: "L.Fabric",
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    train_dataloader: DataLoader,
+    val_dataloader: DataLoader | None,
+    devices: int,
+    resume: bool,
+    checkpoint_dir: Path,
+    out_dir: Path,
+    train: TrainArgs,
+    eval: EvalArgs,
+    data: DataModule,
+    num_nodes: int = 1,
+) -> dict[str, int]:
+    """The loop alone, over parts that the caller has set up; returns the token counts."""
+    parts = {"model": model, "optimizer": optimizer, "train_dataloader": train_dataloader}
+    how = dict(out_dir=out_dir, train=train, eval=eval)
+    return run_fit(setup, AdapterV2(), fabric, parts, scheduler, val_dataloader, data, checkpoint_dir, **how)
+
+
+def save_adapter_v2_checkpoint(fabric: "L.Fabric", model: nn.Module, file_path: Path) -> None:
+    """Write what this method trains into one file."""
+    save_part(fabric, AdapterV2(), model, file_path)

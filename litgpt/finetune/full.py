@@ -1,14 +1,34 @@
 """`litgpt finetune_full`: train all weights."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from torch.utils.data import DataLoader
 
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.config import Config
 from litgpt.data.base import DataModule
+from litgpt.finetune.example import generate_example
 from litgpt.finetune.launch import launch
 from litgpt.finetune.method import Method
-from litgpt.finetune.settings import TRAIN
+from litgpt.finetune.published import (
+    get_dataloaders,
+    get_longest_seq_length,
+    get_lr_scheduler,
+    run_fit,
+    run_main,
+    validate,
+)
+from litgpt.finetune.settings import TRAIN, validate_args
 from litgpt.types import LoggerChoice
+
+if TYPE_CHECKING:
+    import lightning as L
+
+__all__ = [
+    "fit", "generate_example", "get_dataloaders", "get_longest_seq_length", "get_lr_scheduler", "main", "setup",
+    "validate", "validate_args",
+]  # fmt: skip
 
 
 def setup(
@@ -64,3 +84,43 @@ def setup(
         plot: Whether to draw the loss curves at the end.
     """
     launch(setup, Method(), locals())
+
+
+def main(
+    fabric: "L.Fabric",
+    devices: int,
+    resume: bool | Literal["auto"] | Path,
+    seed: int,
+    config: Config,
+    data: DataModule,
+    checkpoint_dir: Path,
+    out_dir: Path,
+    train: TrainArgs,
+    eval: EvalArgs,
+    optimizer: str | dict,
+    num_nodes: int = 1,
+) -> None:
+    """One run on devices that `fabric` has launched, as scripts written for 0.5 call it."""
+    how = dict(train=train, eval=eval, optimizer=optimizer, resume=resume, seed=seed)
+    run_main(setup, Method(), fabric, checkpoint_dir, data, out_dir=out_dir, **how)
+
+
+def fit(
+    fabric: "L.Fabric",
+    state: dict,
+    train_dataloader: DataLoader,
+    val_dataloader: DataLoader | None,
+    devices: int,
+    resume: bool | Literal["auto"] | Path,
+    checkpoint_dir: Path,
+    out_dir: Path,
+    train: TrainArgs,
+    eval: EvalArgs,
+    data: DataModule,
+    num_nodes: int = 1,
+) -> None:
+    """The loop alone. `state` has `model`, `optimizer`, perhaps `scheduler`, and counters where they are not 0."""
+    parts = {**state, "train_dataloader": train_dataloader}
+    scheduler = parts.pop("scheduler", None)
+    how = dict(out_dir=out_dir, train=train, eval=eval)
+    run_fit(setup, Method(), fabric, parts, scheduler, val_dataloader, data, checkpoint_dir, **how)

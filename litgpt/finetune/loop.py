@@ -155,12 +155,12 @@ def run(
     return job
 
 
-def fit(run: Run, base_lrs: list[float]) -> None:
-    """Take optimizer steps until the run is over, keeping its state up to date."""
+def fit(run: Run, base_lrs: list[float], schedule: Any | None = None) -> None:
+    """Take optimizer steps until the run is over, keeping its state up to date; `schedule` replaces that of `train`."""
     fabric, state, train, meter = run.fabric, run.state, run.settings.train, run.meter
     n_accumulated = train.gradient_accumulation_iters(fabric.world_size)
     steps_per_epoch, max_steps = length_of(state["train_dataloader"], train, n_accumulated)
-    schedule = LearningRate.of(state["optimizer"], train, max_steps, steps_per_epoch, base_lrs)
+    schedule = schedule or LearningRate.of(state["optimizer"], train, max_steps, steps_per_epoch, base_lrs)
     stream = BatchStream(state["train_dataloader"], skip=state.pop("skip", 0))
     expected_n = train.global_batch_size * EXPECTED_TARGETS
     metrics = MetricsWriter(run.settings.out_dir, state["step_count"] or None) if fabric.global_rank == 0 else None
@@ -182,7 +182,7 @@ def fit(run: Run, base_lrs: list[float]) -> None:
                 )
             except NonFiniteError as error:
                 saved = step_files(run.settings.out_dir, run.method.weights_name)
-                raise explain(error, state, outs, stream.epoch, saved) from None
+                raise explain(error, state, outs, stream.begun, saved) from None
             wants_stop, wants_save, is_time_up = result.requests
             n_tokens = end_step(run, result)
             meter.end_step(n_tokens)
@@ -193,7 +193,7 @@ def fit(run: Run, base_lrs: list[float]) -> None:
             val = validate_step(run) if is_validation_due(run, is_last) and not wants_stop else {}
             is_last |= is_stopped_early(run)
             if is_last or val or state["iter_num"] // train.log_interval > first_iter // train.log_interval:
-                row = {"step": step, "iter": state["iter_num"], "epoch": stream.epoch + 1, "loss": result.loss}
+                row = {"step": step, "iter": state["iter_num"], "epoch": stream.begun + 1, "loss": result.loss}
                 row |= {"learning_rate": learning_rate, "grad_norm": result.grad_norm, **result.parts}
                 row |= {"tokens": n_tokens, "total_tokens": state["total_tokens"], **val}
                 row |= meter.read(0 if is_last else max_steps - step, len(outs))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -11,12 +11,30 @@ from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.checkpoint.lora_merge import LORA_NAME, merge_folder
 from litgpt.config import Config
 from litgpt.data.base import DataModule
+from litgpt.finetune.example import generate_example
 from litgpt.finetune.launch import launch
 from litgpt.finetune.method import Method
-from litgpt.finetune.settings import EVAL, TRAIN, Quantize
+from litgpt.finetune.published import (
+    fit_of,
+    get_dataloaders,
+    get_longest_seq_length,
+    get_lr_scheduler,
+    run_main,
+    save_part,
+    validate,
+)
+from litgpt.finetune.settings import EVAL, TRAIN, Quantize, validate_args
 from litgpt.lora import LoRASettings, add_lora, is_lora, lora_plus_groups, mark_only_lora_as_trainable
 from litgpt.optimizers import default_lr, instantiate_torch_optimizer
 from litgpt.types import LoggerChoice
+
+if TYPE_CHECKING:
+    import lightning as L
+
+__all__ = [
+    "LoRA", "fit", "generate_example", "get_dataloaders", "get_longest_seq_length", "get_lr_scheduler", "main",
+    "save_lora_checkpoint", "setup", "validate", "validate_args",
+]  # fmt: skip
 
 
 class LoRA(Method):
@@ -139,3 +157,30 @@ def setup(
         plot: Whether to draw the loss curves at the end.
     """
     launch(setup, LoRA(LoRASettings.from_flags(locals()), lora_plus_ratio), locals())
+
+
+def main(
+    fabric: "L.Fabric",
+    devices: int,
+    seed: int,
+    config: Config,
+    data: DataModule,
+    checkpoint_dir: Path,
+    out_dir: Path,
+    train: TrainArgs,
+    eval: EvalArgs,
+    optimizer: str | dict,
+    num_nodes: int = 1,
+    precision: str | None = None,
+) -> None:
+    """One run on devices that `fabric` has launched, as scripts written for 0.5 call it."""
+    how = dict(train=train, eval=eval, optimizer=optimizer, seed=seed)
+    run_main(setup, LoRA(LoRASettings.from_flags(config)), fabric, checkpoint_dir, data, out_dir=out_dir, **how)
+
+
+fit = fit_of(setup, LoRA(LoRASettings()))
+
+
+def save_lora_checkpoint(fabric: "L.Fabric", model: nn.Module, file_path: Path) -> None:
+    """Write what this method trains into one file."""
+    save_part(fabric, LoRA(LoRASettings()), model, file_path)

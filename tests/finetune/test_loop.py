@@ -1,5 +1,4 @@
 import json
-import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,7 +63,13 @@ def test_finetuning_lowers_the_loss_and_leaves_the_published_files(settings, nam
     rows = rows_of("out")
     assert rows[-1]["val_loss"] < rows[4]["val_loss"] and rows[-1]["loss"] < rows[0]["loss"]
     files = {path.name for path in Path("out/final").iterdir()}
-    assert files >= {FILES[name], "model_config.yaml", "tokenizer.json", "tokenizer_config.json", "hyperparameters.yaml"}
+    assert files >= {
+        FILES[name],
+        "model_config.yaml",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "hyperparameters.yaml",
+    }
     assert ("lit_model.pth" in files) == (name in ("full", "lora"))
     assert set(load_torch(Path("out/final") / FILES[name])) == {"model"}
 
