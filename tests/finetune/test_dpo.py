@@ -16,7 +16,7 @@ from litgpt.finetune.reference import reference_key
 def json_path(tmp_path):
     """Pairs of which the better answer repeats the last word of the prompt."""
     rng, rows = random.Random(0), []
-    for _ in range(200):
+    for _ in range(600):
         words = rng.choices(WORDS, k=3)
         bad = rng.choice([word for word in WORDS if word != words[-1]])
         rows.append({"prompt": " ".join(words), "chosen": words[-1], "rejected": bad})
@@ -62,11 +62,11 @@ def test_untouched_model_of_each_method_is_its_own_reference(method, dpo_setting
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_tuning_prefers_the_better_answer(method, dpo_settings):
-    lr = {"lora": 0.02, "full": 0.005}[method]
+    lr = {"lora": 0.01, "full": 0.005}[method]
     values = dict(method=method, lora_r=8, lora_alpha=32, lora_dropout=0.0, lora_key=True, lora_mlp=True)
     values |= dict(lora_projection=True, lora_head=True, eval={"final_validation": True, "max_iters": 10})
     optimizer = {"class_path": "AdamW", "init_args": {"lr": lr, "weight_decay": 0.0}}
-    train = dict(global_batch_size=16, micro_batch_size=16, max_steps=100)
+    train = dict(global_batch_size=32, micro_batch_size=32, max_steps=110)
     dpo.setup(**dpo_settings(**values, optimizer=optimizer, train=train))
     assert rows_of()[-1]["val_accuracy"] > 0.95
 
