@@ -77,7 +77,7 @@ def is_match(name: str, target: str) -> bool:
     if not re.search(r"[\\^$(|+{]", target):
         if fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}"):
             return True
-        if ".*" not in target:
+        if ".*" not in target or target.startswith("*"):  # no regular expression begins with a star
             return False
     try:
         return re.fullmatch(target, name) is not None

@@ -141,9 +141,9 @@ def setup(
     check(objective, method, precompute_reference, quantize, data, train)
     if isinstance(data, Preferences):
         data.unpaired = loss == "kto"
-    if optimizer is None:
-        lr = LEARNING_RATES[method]
-        values["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": lr, "weight_decay": 0.0}}
+    if optimizer is None or not (isinstance(optimizer, str) or optimizer.get("class_path")):  # `--optimizer.lr` alone
+        init_args = {"lr": LEARNING_RATES[method], "weight_decay": 0.0, **(optimizer or {}).get("init_args", {})}
+        values["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": init_args}
     methods = {
         "lora": lambda: LoRA(LoRASettings.from_flags(values), lora_plus_ratio),
         "full": Method,

@@ -10,6 +10,7 @@ from litgpt.checkpoint.io import load_weights
 from litgpt.data import Preferences
 from litgpt.finetune import dpo, reference
 from litgpt.finetune.reference import reference_key
+from litgpt.parser_config import run_command
 
 
 @pytest.fixture
@@ -94,6 +95,16 @@ def test_precomputed_reference_gives_the_same_run_and_is_kept(method, dpo_settin
     monkeypatch.setattr(reference, "build_model", None)  # the second time nothing is worked out
     dpo.setup(**dpo_settings(out_dir="again", precompute_reference=True, **values))
     assert [row["loss"] for row in rows_of("again")] == [row["loss"] for row in rows_of("early")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "lr"), [((), 5e-5), (("--optimizer.lr", "1e-3"), 1e-3), (("--method", "full"), 1e-6)]
+)
+def test_learning_rate_is_that_of_the_method_unless_a_flag_says_it(flags, lr, json_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(dpo, "launch", lambda command, method, values, *_: seen.update(values))
+    run_command(dpo.setup, ["model", "--data", "Preferences", "--data.json_path", str(json_path), *flags])
+    assert seen["optimizer"] == {"class_path": "torch.optim.AdamW", "init_args": {"lr": lr, "weight_decay": 0.0}}
 
 
 def test_reference_key_changes_with_the_weights(checkpoint_dir, tmp_path):
