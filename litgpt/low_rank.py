@@ -197,7 +197,7 @@ class AddUpdate(torch.autograd.Function):
         ctx.mark_dirty(y)
         b = (B * scaling).to(x.dtype).split([stop - start for start, stop in parts])
         for (start, stop), h_part, b_part in zip(parts, h.split(B.size(1), dim=1), b):
-            y[:, start:stop] += h_part @ b_part.t()
+            y[:, start:stop].addmm_(h_part, b_part.t())
         return y
 
     @staticmethod
@@ -207,7 +207,7 @@ class AddUpdate(torch.autograd.Function):
         grads = [grad[:, start:stop] for start, stop in ctx.parts]
         b = (B * ctx.scaling).to(x.dtype).split(sizes)
         grad_h = torch.cat([g @ b_part for g, b_part in zip(grads, b)], dim=1)  # (N, r * parts)
-        grad_b = torch.cat([g.t() @ h_part for g, h_part in zip(grads, h.split(r, dim=1))])  # (rows, r)
+        grad_b = torch.cat([(h_part.t() @ g).t() for g, h_part in zip(grads, h.split(r, dim=1))])  # (rows, r)
         grad_x = grad_h @ A.to(x.dtype) if ctx.needs_input_grad[1] else None
         return grad, grad_x, (grad_h.t() @ x).to(A.dtype), grad_b.to(B.dtype) * ctx.scaling, None, None
 
