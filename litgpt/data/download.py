@@ -21,10 +21,15 @@ BLOCK_BYTES = 1 << 18
 TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
 
-def download_file(url: str, path: Path) -> Path:
+def download_file(url: str, path: Path, access_token: str | None = None) -> Path:
     """Fetch `url` into `path`, unless it is there; returns `path`.
 
     The bytes go to `<path>.part`, which gets its name when it is complete. A later call goes on from there.
+
+    Args:
+        url: Address.
+        path: File to make, with its folder.
+        access_token: Shown to the server of `url`, but not to one that it redirects to.
 
     Raises:
         ConnectionError: The server refuses, or the transfer fails again and again; names the URL and the reason.
@@ -38,7 +43,7 @@ def download_file(url: str, path: Path) -> Path:
         if attempt:
             time.sleep(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
         try:
-            fetch_rest(url, part)
+            fetch_rest(url, part, access_token)
         except urllib.error.HTTPError as error:
             reason = f"status {error.code} {error.reason}"
             if error.code == 416 and part.exists():  # nothing is left to send: all has come, or the file is another one
@@ -60,7 +65,7 @@ def download_file(url: str, path: Path) -> Path:
     raise ConnectionError(f"cannot download {url}: {reason}; check the address and the connection, then start again")
 
 
-def fetch_rest(url: str, part: Path) -> None:
+def fetch_rest(url: str, part: Path, access_token: str | None = None) -> None:
     """Append to `part` what is missing of `url`.
 
     Raises:
@@ -70,7 +75,10 @@ def fetch_rest(url: str, part: Path) -> None:
     headers = {"User-Agent": "litgpt", "Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS) as answer:
+    request = urllib.request.Request(url, headers=headers)
+    if access_token:
+        request.add_unredirected_header("Authorization", f"Bearer {access_token}")
+    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
         if answer.status != 206:  # the server sends the whole file again
             have = 0
         length = answer.headers.get("Content-Length")

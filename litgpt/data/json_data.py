@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt.data.conversations import check_rows
-from litgpt.data.rows import find_splits, read_files, read_rows
+from litgpt.data.rows import Rows, find_splits, read_files
 from litgpt.data.sft import SFTDataModule, SFTDataset, split_samples
 
 DEFAULT_FRACTION = 0.05
@@ -55,9 +55,7 @@ class JSON(SFTDataModule):
         """The samples for training and for validation, all of them checked."""
         if self.json_path.is_file():
             return split_samples(load_split(self.json_path), self.val_split_fraction, self.seed)
-        splits = {name: read_files(files) for name, files in find_splits(self.json_path).items()}
-        for rows in splits.values():
-            check_rows(rows, rows.place)
+        splits = {name: load_files(files) for name, files in find_splits(self.json_path).items()}
         if "val" in splits:
             return splits["train"], splits["val"]
         return split_samples(
@@ -72,6 +70,12 @@ class JSON(SFTDataModule):
 
 def load_split(json_path: Path) -> Any:
     """The samples of one file, all of them checked."""
-    rows = read_rows(Path(json_path))
-    check_rows(rows, rows.place)
+    return load_files([Path(json_path)])
+
+
+def load_files(files: Sequence[Path], check: bool = True) -> Rows:
+    """The rows of all `files`; with `check` each must be a conversation or instruction."""
+    rows = read_files(files)
+    if check:
+        check_rows(rows, rows.place)
     return rows

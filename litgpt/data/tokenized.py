@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, is_dataclass
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -91,6 +91,8 @@ class TokenizedExamples(Dataset):
         if self._open():
             self._tell(f"Using {len(self):,} examples tokenised before: {self.path}")
             return
+        if getattr(current_process(), "_inheriting", False):  # a helper that runs the calling script while it starts
+            raise RuntimeError("the calling script lacks `if __name__ == '__main__':`")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_name(f".{self.path.name}.lock")):  # another rank or run may want the same
             if not self._open():
