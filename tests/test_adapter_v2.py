@@ -38,17 +38,6 @@ def train(built, loss, steps=3):
         optimizer.zero_grad()
 
 
-def test_a_linear_layer_is_scaled_and_shifted():
-    layer = AdapterV2Linear(5, 3, bias=True)
-    x, start = torch.randn(2, 5), layer.linear.weight
-    assert torch.equal(layer(x), layer.linear(x)) and (layer.in_features, layer.out_features) == (5, 3)
-    nn.init.normal_(layer.adapter_scale), nn.init.normal_(layer.adapter_bias)
-    assert_close(layer(x), layer.adapter_scale * (x @ start.t() + layer.linear.bias + layer.adapter_bias))
-    assert set(layer.state_dict()) == {"linear.weight", "linear.bias", "adapter_bias", "adapter_scale"}
-    layer.reset_parameters()
-    assert torch.equal(layer(x), layer.linear(x))
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_added_adapter_changes_nothing_at_first(variant):
     plain, idx = build_model(variant), random_tokens(2, 12)
