@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt.checkpoint.hub import find_checkpoint
-from litgpt.data.base import DataModule
+from litgpt.data.alpaca import Alpaca
 from litgpt.finetune.loop import Run, run
 from litgpt.finetune.method import Method
 from litgpt.finetune.settings import Settings
@@ -47,7 +47,7 @@ def launch(
     spec, config = load_checkpoint_config(settings.checkpoint_dir)
     tokenizer = Tokenizer(settings.checkpoint_dir)
     objective = objective or get_objective(spec.objective)
-    data = settings.data or default_data()
+    data = settings.data or Alpaca()  # as published
     settings.out_dir = init_out_dir(Path(settings.out_dir))
     check_writable(settings.out_dir)
     settings.precision = settings.precision or default_precision(settings)
@@ -80,8 +80,3 @@ def default_precision(settings: Settings) -> str:
     """Mixed precision, or that of the weights alone where they are quantised."""
     precision = get_default_supported_precision(training=True)
     return precision.replace("-mixed", "-true") if settings.quantize else precision
-
-
-def default_data() -> DataModule:
-    """Alpaca, as published."""
-    raise ValueError("--data is not given: try --data JSON --data.json_path FILE")

@@ -42,7 +42,7 @@ def build_model(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.clone()
-    if precision.endswith("-mixed"):
+    if precision.endswith("-mixed") and not is_sharded(fabric):  # FSDP flattens weights of one type together
         cast_frozen(model, torch.bfloat16 if precision.startswith("bf16") else torch.float16)
     if resume_path is not None and method.is_partial:
         method.load_part(model, resume_path)

@@ -32,7 +32,7 @@ from litgpt.hardware import device_peak_flops
 from litgpt.loggers import Meter, MetricsWriter, Progress, log_row, report
 from litgpt.objective import Objective
 from litgpt.optimizers import paged_adamw
-from litgpt.parallel import checkpoint_blocks
+from litgpt.parallel import checkpoint_blocks, is_sharded
 from litgpt.prompts import PromptStyle, save_prompt_style
 from litgpt.registry import ModelSpec
 from litgpt.run_state import restore_rng, resume_run, rotate_checkpoints, save_run
@@ -97,6 +97,8 @@ def run(
     train, out_dir = settings.train, settings.out_dir
 
     # Act 1: where from, where to
+    if settings.ema_decay and is_sharded(fabric):
+        raise ValueError("--ema_decay does not work with weights that are sharded over GPUs: leave it out.")
     resume_path = open_folder(fabric, method, settings)
 
     # Act 2: the model, what the method adds to it, and the optimizer

@@ -12,6 +12,7 @@ from litgpt.args import EvalArgs, TrainArgs
 from litgpt.checkpoint.io import save_torch
 from litgpt.config import Config, save_config
 from litgpt.data.base import DataModule
+from litgpt.data.batching import ExampleLoader
 from litgpt.model import GPT
 from litgpt.tokenizer_training import train_tokenizer
 
@@ -25,12 +26,13 @@ CONFIG = dict(
 
 @dataclass
 class Sums(DataModule):
-    """Examples of uneven length with masked prompts; shuffled anew in each epoch by a generator, as published."""
+    """Examples of uneven length with masked prompts; shuffled by a generator, as published, or by arithmetic."""
 
     n: int = 22
     n_val: int = 4
     seed: int = 7
     masked: bool = True
+    own_loader: bool = False
 
     def connect(self, tokenizer=None, batch_size=1, max_seq_length=None, **_):
         self.tokenizer, self.batch_size, self.max_seq_length = tokenizer, batch_size, max_seq_length
@@ -51,10 +53,14 @@ class Sums(DataModule):
         return {"input_ids": ids, "labels": labels}
 
     def train_dataloader(self):
+        if self.own_loader:
+            return ExampleLoader(self.train_dataset, self.batch_size)
         generator = torch.Generator().manual_seed(self.seed)
         return DataLoader(self.train_dataset, self.batch_size, shuffle=True, generator=generator, collate_fn=list)
 
     def val_dataloader(self):
+        if self.own_loader:
+            return ExampleLoader(self.test_dataset, self.batch_size, shuffle=False)
         return DataLoader(self.test_dataset, self.batch_size, collate_fn=list)
 
 

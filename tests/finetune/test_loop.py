@@ -7,6 +7,7 @@ import torch
 
 from litgpt.checkpoint.io import load_torch, load_weights
 from litgpt.finetune import adapter, adapter_v2, full, loop, lora
+from tests.finetune.conftest import Sums
 
 METHODS = {"full": full, "lora": lora, "adapter": adapter, "adapter_v2": adapter_v2}
 FILES = {name: "lit_model.pth" + ("" if name == "full" else f".{name}") for name in METHODS}
@@ -79,6 +80,7 @@ def test_finetuning_lowers_the_loss_and_leaves_the_published_files(settings, nam
 def test_resumed_run_equals_the_straight_one_to_the_last_bit(settings, name, step):
     how = dict(train={"max_steps": 12, "save_interval": 2, "epochs": 4, "max_norm": None}, eval={"interval": 3})
     more = {"ema_decay": 0.9, "early_stopping_patience": 9} if step == 5 else {}
+    more |= {"data": Sums(n=21, own_loader=True)} if step == 7 else {}
     METHODS[name].setup(**settings("straight", **how, **more))
     with killed_at(step):
         METHODS[name].setup(**settings("broken", **how, **more))

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -336,3 +338,43 @@ def test_bad_input_is_one_line(settings, more, message):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         full.setup(**settings(**more))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from litgpt.args import EvalArgs, TrainArgs
+from litgpt.finetune import {name}
+from tests.finetune.conftest import Sums
+
+if __name__ == "__main__":
+    {name}.setup(
+        Path({folder!r}), out_dir=Path("two"), data=Sums(n=24, own_loader=True), precision="32-true", devices=2,
+        plot=False, optimizer={optimizer}, train=TrainArgs(**{train}), eval=EvalArgs(**{eval}), **{more},
+    )
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_two_processes_give_the_run_of_one(settings, still_dir, tmp_path, name):
+    train = dict(global_batch_size=8, micro_batch_size=2, epochs=2, max_steps=None, lr_warmup_steps=0, max_norm=0.5)
+    eval = dict(interval=2, max_iters=1, final_validation=True)
+    optimizer = {"class_path": "SGD", "init_args": {"lr": 0.1}}
+    more = {} if name == "full" else {"lora_dropout": 0.0}
+    data, one_eval = Sums(n=24, own_loader=True), {**eval, "max_iters": 2}
+    METHODS[name].setup(
+        **settings("one", train=train, eval=one_eval, optimizer=optimizer, checkpoint_dir=still_dir, data=data), **more
+    )
+    how = dict(save_interval=None, **train)
+    script = SCRIPT.format(
+        name=name, folder=str(still_dir), optimizer=optimizer, train=how, eval={**eval, "max_new_tokens": 5}, more=more
+    )
+    (tmp_path / "script.py").write_text(script)
+    root = Path(full.__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "script.py"], check=True, cwd=tmp_path, env=environment, timeout=200)
+    one, two = rows_of("one"), rows_of("two")
+    assert len(one) == len(two) == 6
+    for key in ("loss", "grad_norm", "val_loss", "total_tokens"):
+        assert [row.get(key, 0) for row in two] == pytest.approx([row.get(key, 0) for row in one], rel=1e-5), key
