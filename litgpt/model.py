@@ -178,7 +178,7 @@ class GPT(nn.Module):
     ) -> Context:  # fmt: skip
         """Works out, once a forward pass, what all blocks share: positions, their cosines and sines, masks."""
         length = T = idx.size(1)
-        if self.max_seq_length < T:
+        if self.max_seq_length < T and segment_ids is None:  # a row of packed texts may be longer than a text
             raise ValueError(f"Cannot forward sequence of length {T}, max seq length is only {self.max_seq_length}.")
         if input_pos is not None:
             if input_pos.shape not in ((T,), idx.shape):
@@ -194,9 +194,9 @@ class GPT(nn.Module):
                 raise ValueError(f"Position {input_pos_maxp1 - 1} is outside of the KV cache of {length} tokens")
         if positions is None:
             positions = token_positions(idx, mask, segment_ids) if input_pos is None else input_pos
-        cos, sin = rope_tables(self.config, positions, length)
-        token_mask = None if mask is None and segment_ids is None else TokenMask(mask, segment_ids)
-        return Context(positions, cos, sin, token_mask, input_pos, input_pos_maxp1)
+        cos, sin = rope_tables(self.config, positions, min(length, self.max_seq_length))
+        tokens = None if mask is None and segment_ids is None else TokenMask(mask, segment_ids)
+        return Context(positions, cos, sin, tokens, input_pos, input_pos_maxp1)
 
     def set_kv_cache(
         self, batch_size: int, max_seq_length: int | None = None, rope_cache_length: int | None = None,

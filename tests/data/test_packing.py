@@ -196,7 +196,6 @@ def test_documents_that_see_each_other_would_be_noticed():
     assert (right - model(idx, targets=targets)[0]).abs() > 1e-2
 
 
-@pytest.mark.xfail(strict=True, reason="GPT.build_context compares the row, not its documents, with max_seq_length")
 def test_a_packed_batch_may_be_longer_than_the_model_s_longest_text():
     model = build_model({})
     model.max_seq_length = 40
