@@ -79,8 +79,17 @@ def test_a_second_text_hears_prompts_that_have_changed_since():
     for position in steps:
         built(idx[:, position], position)
     nn.init.normal_(built.transformer.h[1].attn.adapter_wte.weight, std=3)
-    expected = built(idx)
-    assert_close(torch.cat([built(idx[:, i], i) for i in steps], dim=1), expected)
+    again = torch.cat([built(idx[:, i], i) for i in steps], dim=1)
+    assert_close(again, built(idx))
+
+
+def test_a_pass_without_a_cache_leaves_nothing_behind():
+    built = adapted()
+    built(random_tokens(1, 6)).sum().backward()
+    assert all(block.attn.prompt_kv is None for block in built.transformer.h[1:])
+    with torch.no_grad():
+        built(random_tokens(1, 6))
+    assert all(block.attn.prompt_kv is None for block in built.transformer.h[1:])
 
 
 def test_training_between_two_texts_with_one_cache_is_heard():
