@@ -121,6 +121,8 @@ def main() -> None:
         return
 
     names = ["ours", "theirs", "theirs-fused"]
+    # before anything large is built here: Linux counts the peak of the parent for the child
+    memory = {} if args.no_memory else {name: memory_of(name, args) for name in names[:2]}
     sides = {name: Side(name, args.shape, args.precision, args.compile) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for side in sides.values():
@@ -137,8 +139,7 @@ def main() -> None:
     print("tokens/s  " + "  ".join(f"{name} {value:.0f}" for name, value in speed.items()))
     print(f"ours      {flops / 1e9:.0f} GFLOP/s")
     print(f"speed     {plain:.2f} x, {fused:.2f} x with theirs fused")
-    if not args.no_memory:
-        memory = {name: memory_of(name, args) for name in names[:2]}
+    if memory:
         print(f"memory    {memory['ours']:.0f} / {memory['theirs']:.0f} MB = {memory['ours'] / memory['theirs']:.2f} x")
 
 
