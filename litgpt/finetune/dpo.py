@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.class_path import class_path
 from litgpt.data.base import DataModule
 from litgpt.data.preferences import Preferences
 from litgpt.finetune.adapter import Adapter
@@ -14,11 +15,12 @@ from litgpt.finetune.method import Method
 from litgpt.finetune.reference import Preparation
 from litgpt.finetune.settings import EVAL, Quantize
 from litgpt.lora import LoRASettings
+from litgpt.optimizers import read_optimizer
 from litgpt.preference import LossName, PreferenceObjective
 from litgpt.types import LoggerChoice
 
 LEARNING_RATES = {"full": 1e-6, "lora": 5e-5, "adapter": 1e-3, "adapter_v2": 1e-4}
-"""Of each method where the user names no optimizer: preferences want smaller steps than texts."""
+"""Of each method where the user names none: preferences want smaller steps than texts."""
 
 
 def setup(
@@ -63,7 +65,7 @@ def setup(
     ),
     eval: EvalArgs = EVAL,
     log: LogArgs = LogArgs(),
-    optimizer: str | dict | None = None,
+    optimizer: str | dict = "AdamW",
     logger_name: LoggerChoice = "csv",
     seed: int = 1337,
     access_token: str | None = None,
@@ -123,8 +125,8 @@ def setup(
         eval: When and how to validate.
         log: How an experiment tracker files the run.
         optimizer: Name of an optimizer (AdamW, Muon, another one of torch.optim, or a class path), or a map of
-            `class_path` and `init_args`. Default: AdamW with a learning rate of 5e-5 for lora, 1e-6 for full, 1e-3 for
-            adapter, 1e-4 for adapter_v2.
+            `class_path` and `init_args`. Unless it says so, the learning rate `lr` is 5e-5 for lora, 1e-6 for full,
+            1e-3 for adapter, and 1e-4 for adapter_v2.
         logger_name: Experiment tracker, beside the metrics files that are always written.
         seed: Seed of dropout and of the updates.
         access_token: Token of the hub, for models that need one.
@@ -141,9 +143,7 @@ def setup(
     check(objective, method, precompute_reference, quantize, data, train)
     if isinstance(data, Preferences):
         data.unpaired = loss == "kto"
-    if optimizer is None or not (isinstance(optimizer, str) or optimizer.get("class_path")):  # `--optimizer.lr` alone
-        init_args = {"lr": LEARNING_RATES[method], "weight_decay": 0.0, **(optimizer or {}).get("init_args", {})}
-        values["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": init_args}
+    values["optimizer"] = with_learning_rate(optimizer, method)
     methods = {
         "lora": lambda: LoRA(LoRASettings.from_flags(values), lora_plus_ratio),
         "full": Method,
@@ -153,6 +153,12 @@ def setup(
     needs_copy = objective.kind.has_reference and method != "lora"
     before = Preparation(objective, needs_copy, precompute_reference)
     launch(setup, methods[method](), values, objective, before)
+
+
+def with_learning_rate(optimizer: str | dict, method: str) -> dict:
+    """The optimizer, with the learning rate of the method unless it has one."""
+    optimizer_class, arguments = read_optimizer(optimizer)
+    return {"class_path": class_path(optimizer_class), "init_args": {"lr": LEARNING_RATES[method], **arguments}}
 
 
 def check(

@@ -10,17 +10,17 @@ from litgpt.checkpoint.io import load_weights
 from litgpt.data import Preferences
 from litgpt.finetune import dpo, reference
 from litgpt.finetune.reference import reference_key
+from litgpt.optimizers import read_optimizer
 from litgpt.parser_config import run_command
 
 
 @pytest.fixture
 def json_path(tmp_path):
-    """Pairs of which the better answer repeats the last word of the prompt."""
+    """Pairs of which the better answer is a thing, and the worse one is not."""
     rng, rows = random.Random(0), []
-    for _ in range(600):
-        words = rng.choices(WORDS, k=3)
-        bad = rng.choice([word for word in WORDS if word != words[-1]])
-        rows.append({"prompt": " ".join(words), "chosen": words[-1], "rejected": bad})
+    for _ in range(400):
+        prompt, chosen, rejected = " ".join(rng.choices(WORDS, k=3)), rng.choice(WORDS[:3]), rng.choice(WORDS[3:])
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps(rows))
     return path
@@ -63,12 +63,8 @@ def test_untouched_model_of_each_method_is_its_own_reference(method, dpo_setting
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_tuning_prefers_the_better_answer(method, dpo_settings):
-    lr = {"lora": 0.01, "full": 0.005}[method]
-    values = dict(method=method, lora_r=8, lora_alpha=32, lora_dropout=0.0, lora_key=True, lora_mlp=True)
-    values |= dict(lora_projection=True, lora_head=True, eval={"final_validation": True, "max_iters": 10})
-    optimizer = {"class_path": "AdamW", "init_args": {"lr": lr, "weight_decay": 0.0}}
-    train = dict(global_batch_size=32, micro_batch_size=32, max_steps=110)
-    dpo.setup(**dpo_settings(**values, optimizer=optimizer, train=train))
+    values = dict(method=method, lora_head=True, eval={"final_validation": True, "max_iters": 10})
+    dpo.setup(**dpo_settings(**values, train=dict(global_batch_size=16, micro_batch_size=16, max_steps=40)))
     assert rows_of()[-1]["val_accuracy"] > 0.95
 
 
@@ -98,13 +94,20 @@ def test_precomputed_reference_gives_the_same_run_and_is_kept(method, dpo_settin
 
 
 @pytest.mark.parametrize(
-    ("flags", "lr"), [((), 5e-5), (("--optimizer.lr", "1e-3"), 1e-3), (("--method", "full"), 1e-6)]
+    ("flags", "name", "lr"),
+    [
+        ((), "AdamW", 5e-5),
+        (("--optimizer.lr", "1e-3"), "AdamW", 1e-3),
+        (("--method", "full"), "AdamW", 1e-6),
+        (("--optimizer", "SGD"), "SGD", 5e-5),
+    ],
 )
-def test_learning_rate_is_that_of_the_method_unless_a_flag_says_it(flags, lr, json_path, monkeypatch):
+def test_learning_rate_is_that_of_the_method_unless_a_flag_says_it(flags, name, lr, json_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(dpo, "launch", lambda command, method, values, *_: seen.update(values))
     run_command(dpo.setup, ["model", "--data", "Preferences", "--data.json_path", str(json_path), *flags])
-    assert seen["optimizer"] == {"class_path": "torch.optim.AdamW", "init_args": {"lr": lr, "weight_decay": 0.0}}
+    optimizer_class, arguments = read_optimizer(seen["optimizer"])
+    assert (optimizer_class.__name__, arguments["lr"]) == (name, lr)
 
 
 def test_reference_key_changes_with_the_weights(checkpoint_dir, tmp_path):
