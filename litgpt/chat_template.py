@@ -1,6 +1,7 @@
 """The chat template of a tokenizer: conversations as the model was trained to see them, and whose words are whose."""
 
 import json
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -176,12 +177,13 @@ class ChatTemplate(PromptStyle):
                 "template with {% generation %} blocks, or a prompt style"
             )
         start, end = inside
-        if before is not None:
-            start = min(start, _n_common(before, text))
+        history = self._try(messages[:n], tools)
+        if before is not None and history is not None and text.startswith(history):  # another generation prompt only
+            start = min(start, len(_marker_free(before, text)))
         if fits_through:
             end = len(through)
         elif through is not None and (inner := self._content_span(through, messages[: n + 1], n, tools)):
-            end += _n_common(through[inner[1] :], text[end:])
+            end += len(_marker_free(through[inner[1] :], text[end:]))
         return start, end
 
     def _content_span(self, text: str, messages: Messages, n: int, tools: list[Any] | None) -> Span | None:
@@ -228,6 +230,12 @@ class ChatTemplate(PromptStyle):
 def _n_common(a: str, b: str) -> int:
     """With how many equal characters two texts begin."""
     return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _marker_free(a: str, b: str) -> str:
+    """With what two texts begin, without half a marker such as `<|us` at its end."""
+    common = a[: _n_common(a, b)]
+    return common if common in (a, b) else re.sub(r"[<\[][^<>\[\]\s]*$", "", common)
 
 
 def with_input(instruction: str, fields: Mapping[str, Any]) -> str:
