@@ -1,5 +1,6 @@
 """What a run is asked for and what goes wrong, apart from what the method is."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -382,3 +383,28 @@ def test_two_processes_give_the_run_of_one(settings, still_dir, tmp_path, name):
     assert len(one) == len(two) == 6
     for key in ("loss", "grad_norm", "val_loss", "total_tokens"):
         assert [row.get(key, 0) for row in two] == pytest.approx([row.get(key, 0) for row in one], rel=1e-6), key
+
+
+@pytest.mark.slow
+@every_method
+def test_a_compiled_run_is_the_plain_one_and_saves_plain_names(settings, still_dir, name, monkeypatch):
+    importlib.import_module("lightning")  # keeps its own record of what torch.compile is called with
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compile(model, backend="eager"))
+    how = dict(checkpoint_dir=still_dir, train={"max_steps": 3}, eval={"interval": 2})
+    how |= {"lora_dropout": 0.0} if name == "lora" else {}
+    for out_dir, is_compiled in (("plain", False), ("compiled", True)):
+        METHODS[name].setup(**settings(out_dir, **how, compile=is_compiled))
+    losses = [[row["loss"] for row in rows_of(out_dir)] for out_dir in ("plain", "compiled")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    files = [load_torch(f"{out_dir}/final/{FILES[name]}")["model"] for out_dir in ("plain", "compiled")]
+    assert files[0].keys() == files[1].keys()
+
+
+@pytest.mark.parametrize("name", ["lora", "adapter_v2"])
+def test_mixed_precision_keeps_frozen_layers_in_16_bits_and_what_is_trained_in_32(settings, name):
+    METHODS[name].setup(**settings(precision="bf16-mixed", train={"max_steps": 10}))
+    rows = rows_of("out")
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    part = load_torch(f"out/final/{FILES[name]}")["model"]
+    assert {tensor.dtype for tensor in part.values()} == {torch.float32}
