@@ -29,9 +29,7 @@ _ZIP_END_BYTES = 22
 _STEP = re.compile(r"step-(\d+)")
 
 
-def find_resume_path(
-    resume: bool | Literal["auto"] | Path, out_dir: Path, name: str = WEIGHTS_NAME
-) -> Path | None:
+def find_resume_path(resume: bool | Literal["auto"] | Path, out_dir: Path, name: str = WEIGHTS_NAME) -> Path | None:
     """The weights file to go on from.
 
     Args:
