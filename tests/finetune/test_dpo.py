@@ -80,6 +80,15 @@ def test_resumed_run_ends_with_the_same_weights(method, dpo_settings, monkeypatc
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_activation_checkpointing_changes_nothing(loss, dpo_settings):
+    for folder, is_on in (("with", True), ("without", False)):
+        dpo.setup(**dpo_settings(out_dir=folder, loss=loss, activation_checkpointing=is_on))
+    first, second = (load_weights(f"{folder}/final/lit_model.pth.lora") for folder in ("with", "without"))
+    assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in second)
+    assert any(tensor.abs().max() > 0 for name, tensor in second.items() if "lora_B" in name)
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_precomputed_reference_gives_the_same_run_and_is_kept(method, dpo_settings, monkeypatch):
     values = dict(method=method, eval={"final_validation": True})
