@@ -47,7 +47,18 @@ def test_help_lists_every_command_and_marks_those_to_come(capsys):
 
 
 def test_table_has_the_published_commands_and_the_new_ones():
-    new = ["models", "new", "configure", "check", "plan", "train_tokenizer", "report", "finetune_dpo", "quickstart", "upload"]
+    new = [
+        "models",
+        "new",
+        "configure",
+        "check",
+        "plan",
+        "train_tokenizer",
+        "report",
+        "finetune_dpo",
+        "quickstart",
+        "upload",
+    ]
     assert sorted(ROWS) == sorted([*parser_commands(), *new])
     assert {"pretrain", "generate", "train_tokenizer", "models", "quickstart"} <= set(TODAY)
 
