@@ -16,6 +16,7 @@ from litgpt.finetune.method import Method
 from litgpt.finetune.settings import Settings
 from litgpt.optimizers import read_optimizer
 from litgpt.parser_config import run_command
+from litgpt.plan import RunSettings, plan_run
 from litgpt.registry import build_model, resolve_model
 from litgpt.scripts import plan
 from litgpt.training import num_parameters
@@ -130,3 +131,21 @@ def test_unknown_key_of_a_recipe_is_refused(tmp_path, monkeypatch):
     recipe.write_text(RECIPES[0].with_name("lora.yaml").read_text("utf-8").replace("lora_alpha:", "lora_alhpa:"))
     with pytest.raises(Exception, match=r"lora_alhpa.*lora_alpha"):
         parse(recipe, monkeypatch)
+
+
+def test_memory_page_says_what_plan_computes():
+    page = (HUB.parent / "tutorials" / "memory.md").read_text("utf-8")
+    table = page.split("## What a model takes")[1].split("\n\n")[2].splitlines()[2:]
+    lora = dict(lora_r=16, lora_parts=frozenset(SWITCHES) - {"head"})
+    runs = [
+        RunSettings("full", 1, 512, "bf16-mixed", activation_checkpointing=True),
+        RunSettings("full", 1, 512, "bf16-true"),
+        RunSettings("lora", 1, 512, "bf16-true", **lora),
+        RunSettings("qlora", 1, 512, "bf16-true", **lora),
+        RunSettings("generate", 1, 512, "bf16-true"),
+    ]
+    assert len(table) > 5
+    for row in table:
+        name, *said = (cell.strip() for cell in row.strip("|").split("|"))
+        computed = [plan_run(resolve_model(name)[1], run).total / 1e9 for run in runs]
+        assert [float(number.replace(",", "")) for number in said] == pytest.approx(computed, rel=0.005, abs=0.06)
