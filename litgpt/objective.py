@@ -123,7 +123,7 @@ class NextToken(Objective):
             self._takes_targets[model] = accepts(model, "targets")
         if packed and not all(accepts(model, key) for key in packed):
             raise ValueError(
-                f"The data is packed, but the forward of this model takes no {' and '.join(packed)}: use --data.pack false."
+                f"The data is packed, but this model takes no {' and '.join(packed)}: set --data.pack false"
             )
         if self._takes_targets[model]:
             loss, n = model(idx, targets=labels, **packed)
