@@ -1,4 +1,4 @@
-"""`litgpt quickstart`: the main job from nothing, on any machine: a tokenizer, a small GPT, text from it, a loss plot.
+"""`litgpt quickstart`: the main job from nothing, on any machine: tokenizer, pretraining, text, finetuning, loss plots.
 
 Nothing is downloaded: the text is the documentation that comes with Python.
 """
@@ -13,6 +13,8 @@ from litgpt import pretrain
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.config import LlamaConfig
 from litgpt.data.python_docs import PythonDocs
+from litgpt.data.python_docs_qa import PythonDocsQA
+from litgpt.finetune import lora
 from litgpt.generate.base import main as generate
 from litgpt.hardware import get_default_supported_precision
 from litgpt.model import GPT
@@ -23,17 +25,20 @@ VOCAB_SIZE = 2048
 CONTEXT = 256
 BATCH_SIZE = 16
 PROMPTS = ("The for statement is used to", "Return True if")
+QUESTION = "What does os.path.join do?"
+FINETUNING_SHARE = 0.25
+"""Time of the finetuning, in shares of that of the pretraining."""
 
 
 def setup(
     out_dir: Path = Path("out/quickstart"), minutes: float = 2.0, max_steps: int | None = None, seed: int = 42
 ) -> None:
-    """Train a tokenizer and a small GPT on the documentation inside your Python, and let it write.
+    """Train a tokenizer and a small GPT on the documentation inside your Python, let it write, and teach it to answer.
 
     It takes about four minutes on two CPU cores and needs no network. Each step prints the command that does the same.
 
     Args:
-        out_dir: Folder for the tokenizer, the checkpoint, the metrics and the loss plot.
+        out_dir: Folder for the tokenizer, the checkpoints, the metrics and the loss plots.
         minutes: How long to pretrain; the number of steps is chosen from the speed of this machine.
         max_steps: Number of optimizer steps to take, instead of choosing it.
         seed: Seed of weights, data order and sampling.
@@ -41,7 +46,7 @@ def setup(
     if minutes <= 0:
         raise ValueError(f"--minutes is {minutes}: it must be more than 0.")
     out_dir, start = Path(out_dir), time.perf_counter()
-    tokenizer_dir, run_dir = out_dir / "tokenizer", out_dir / "pretrain"
+    tokenizer_dir, run_dir, tuned_dir = out_dir / "tokenizer", out_dir / "pretrain", out_dir / "finetune"
 
     heading(1, "A tokenizer from the text", f"litgpt train_tokenizer --data PythonDocs --vocab_size {VOCAB_SIZE}")
     train_tokenizer(PythonDocs().texts("train"), VOCAB_SIZE, tokenizer_dir)
@@ -83,15 +88,55 @@ def setup(
         heading(3, "What it has learnt", f'litgpt generate {checkpoint_dir} --prompt "{prompt}"')
         generate(checkpoint_dir, prompt, max_new_tokens=80, temperature=0.7, top_k=50, precision="32-true", seed=seed)
 
-    heading(4, f"Done in {time.perf_counter() - start:.0f} s", f'litgpt generate {checkpoint_dir} --prompt "..."')
-    plot = run_dir / "loss.png"
-    print(f"Checkpoint {checkpoint_dir}\nMetrics    {run_dir / 'metrics.csv'}")
-    print(f"Loss plot  {plot}" if plot.exists() else "No loss plot: pip install 'litgpt[plot]'")
+    steps = max(10, round(FINETUNING_SHARE * steps))
+    heading(
+        4, "Finetuning on questions", f"litgpt finetune_lora {checkpoint_dir} --data PythonDocsQA --lora_mlp true ..."
+    )
+    finetune(checkpoint_dir, tuned_dir, steps, 60 * FINETUNING_SHARE * minutes, precision, seed)
+    checkpoint_dir = tuned_dir / "final"
+    heading(5, "What it answers", f'litgpt generate {checkpoint_dir} --prompt "{QUESTION}"')
+    generate(checkpoint_dir, QUESTION, max_new_tokens=80, temperature=0.7, top_k=50, precision="32-true", seed=seed)
+
+    heading(6, f"Done in {time.perf_counter() - start:.0f} s", f'litgpt generate {checkpoint_dir} --prompt "..."')
+    for what, folder in (("Pretrained", run_dir), ("Finetuned", tuned_dir)):
+        plot = folder / "loss.png"
+        print(f"{what:<11}{folder / 'final'}, {folder / 'metrics.csv'}", end="")
+        print(f", {plot}" if plot.exists() else "; for a loss plot: pip install 'litgpt[plot]'")
+
+
+def finetune(checkpoint_dir: Path, out_dir: Path, steps: int, seconds: float, precision: str, seed: int) -> None:
+    """Teach the model to answer questions about Python, with low-rank updates of all its layers."""
+    lora.setup(
+        checkpoint_dir,
+        out_dir,
+        precision,
+        lora_r=16,
+        lora_alpha=32,
+        lora_key=True,
+        lora_projection=True,
+        lora_mlp=True,
+        data=PythonDocsQA(prompt_style="phi-2", group_by_length=True),
+        train=TrainArgs(
+            save_interval=None,
+            log_interval=10,
+            global_batch_size=BATCH_SIZE,
+            micro_batch_size=BATCH_SIZE,
+            epochs=100,
+            max_steps=steps,
+            max_time=1.5 * seconds,  # should the machine turn slower than it was
+            max_seq_length=CONTEXT,
+            lr_warmup_steps=steps // 10,
+            min_lr=0.0,
+        ),
+        eval=EvalArgs(interval=max(10, steps // 2), max_iters=16, max_new_tokens=40),
+        optimizer={"class_path": "AdamW", "init_args": {"lr": 4e-3}},
+        seed=seed,
+    )
 
 
 def heading(number: int, what: str, command: str) -> None:
     """Say what comes now, and which command does it."""
-    print(f"\n[{number}/4] {what}\n      {command}", flush=True)
+    print(f"\n[{number}/6] {what}\n      {command}", flush=True)
 
 
 def build_config() -> LlamaConfig:

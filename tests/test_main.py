@@ -259,10 +259,10 @@ def test_broken_pipe_is_no_traceback(command, capfd, monkeypatch):
     assert (status, err) == (1, "")
 
 
-def test_recipes_of_the_config_hub_are_read(capsys):
+def test_recipes_of_pretraining_are_read(capsys):
     import yaml
 
-    recipes = sorted((Path(__file__).parent.parent / "config_hub").rglob("*.yaml"))
+    recipes = sorted((Path(__file__).parent.parent / "config_hub" / "pretrain").glob("*.yaml"))
     assert len(recipes) >= 4
     for recipe in recipes:
         status, out, err = run(capsys, recipe.parent.name, "--config", str(recipe), "--print_config=skip_default")

@@ -27,6 +27,9 @@ def test_quickstart_trains_writes_text_and_draws_the_loss(tmp_path, capsys):
     assert float(rows[-1]["val_loss"]) < float(rows[0]["loss"])
     assert (tmp_path / "pretrain" / "loss.png").stat().st_size > 1000
     assert (tmp_path / "pretrain" / "final" / "tokenizer.json").exists()
+    assert quickstart.QUESTION in out
+    assert (tmp_path / "finetune" / "final" / "lit_model.pth.lora").exists()
+    assert (tmp_path / "finetune" / "final" / "lit_model.pth").exists()
 
 
 def test_speed_of_the_machine_decides_the_precision(monkeypatch):
