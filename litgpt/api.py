@@ -241,9 +241,11 @@ class LLM(nn.Module):
             self._save_into(out_dir, prompt_style)
 
     def _save_into(self, folder: Path, prompt_style: PromptStyle | str | None) -> None:
-        for name in (*TOKENIZER_FILES, "config.json", "generation_config.json") if self._tokenizer_dir else ():
-            source = Path(self._tokenizer_dir) / name
-            if source.is_file() and source.resolve() != (folder / name).resolve():
+        sources = dict.fromkeys((*TOKENIZER_FILES, "generation_config.json"), self._tokenizer_dir)
+        sources["config.json"] = self.checkpoint_dir  # the one beside a tokenizer may be of another model
+        for name, source_dir in sources.items():
+            source = Path(source_dir or "", name)
+            if source_dir and source.is_file() and source.resolve() != (folder / name).resolve():
                 copyfile(source, folder / name)
         save_config(self.config, folder)
         save_prompt_style(prompt_style or self.prompt_style, folder)

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn as nn
 import yaml
 
-from litgpt.checkpoint.hf_config import config_from_hf, read_hf_config
+from litgpt.checkpoint.hf_config import config_from_hf, folder_name, read_hf_config
 from litgpt.config import Config, name_to_config, nearest
 from litgpt.extension import import_class, load_extension
 from litgpt.model import GPT
@@ -147,7 +147,7 @@ def load_checkpoint_config(checkpoint_dir: str | Path) -> tuple[ModelSpec, Confi
     """
     path = Path(checkpoint_dir) / "model_config.yaml"
     if not path.is_file() and path.with_name("config.json").is_file():
-        return _models["gpt"], config_from_hf(read_hf_config(checkpoint_dir), Path(checkpoint_dir).name)
+        return _models["gpt"], config_from_hf(read_hf_config(checkpoint_dir), folder_name(checkpoint_dir))
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     except yaml.YAMLError:

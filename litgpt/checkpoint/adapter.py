@@ -40,12 +40,15 @@ Shape = tuple[int, ...]
 class StateDictAdapter:
     """The weights of one config under the names of one Hugging Face model type, in both directions."""
 
-    def __init__(self, config: Config, model_type: str | WeightMap | None = None) -> None:
+    def __init__(
+        self, config: Config, model_type: str | WeightMap | None = None, shapes: Mapping[str, Shape] | None = None
+    ) -> None:
         """Finds out where each tensor of the model stands in the file.
 
         Args:
             config: Of the model.
             model_type: As in config.json, or a table of your own; default: see `find_model_type`.
+            shapes: Of the weights of the model by our names, where it has others than a GPT of this config.
 
         Raises:
             ValueError: The type is unknown, or its files have no place for a part that the model has.
@@ -53,7 +56,7 @@ class StateDictAdapter:
         is_table = isinstance(model_type, WeightMap)
         self.model_type = "custom" if is_table else known_type(model_type or find_model_type(config))
         self.table = model_type if is_table else WEIGHT_MAPS[self.model_type]
-        self.config, self.shapes = config, lit_shapes(config)
+        self.config, self.shapes = config, dict(shapes or lit_shapes(config))
         self.optional = {HEAD} if config.tie_embeddings else set()  # a tied head may be read, but is not written
         self.sources: dict[str, Source] = {}
         rows = self.table.rows(config)
@@ -90,7 +93,8 @@ class StateDictAdapter:
         _check_shapes(found, {n: shape for name in self.sources for n, shape in self._file_shapes(name)}, self.config)
         heads = self.config.n_head, self.config.n_query_groups
         ours: dict[str, LazyTensor] = {}
-        for name in self.sources if self.sources[HEAD].names[0] in found else self._wanted():
+        has_head = HEAD in self.sources and self.sources[HEAD].names[0] in found
+        for name in self.sources if has_head else self._wanted():
             source, shape = self.sources[name], self.shapes[name]
             tensor = join([found[n] for n in source.names])
             if source.grouped:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from litgpt.checkpoint.loading import open_model_weights
 from litgpt.checkpoint.tensors import open_weights
 from litgpt.checkpoint.writing import write_safetensors, write_torch
 from litgpt.config import Config, save_config
-from litgpt.tokenizer import MissingTokenizerError, Tokenizer
+from litgpt.tokenizer import MissingTokenizerError, Tokenizer, fix_and_load_json
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -66,7 +67,7 @@ def open_export(
         ValueError: They are not those of the model, or need to be merged first.
     """
     check_mergeable(checkpoint_dir)
-    weights = open_model_weights(checkpoint_dir, config)
+    weights = open_model_weights(checkpoint_dir, config, weight_map=weight_map)
     if dtype is not None:
         weights = {name: t.to(dtype) if t.dtype.is_floating_point else t for name, t in weights.items()}
     if _HEAD in weights and config.tie_embeddings:
@@ -74,8 +75,25 @@ def open_export(
             weights.pop(_HEAD)
         else:
             config = replace(config, tie_embeddings=False)  # the head was trained apart
-    hf_values = read_hf_config(checkpoint_dir) if (checkpoint_dir / "config.json").is_file() else None
-    return Export(checkpoint_dir, config, find_model_type(config, hf_values), weights, weight_map)
+    return Export(checkpoint_dir, config, _find_type(checkpoint_dir, config), weights, weight_map)
+
+
+def _find_type(checkpoint_dir: Path, config: Config) -> str:
+    """The type that config.json says, unless model_config.yaml describes another model: a run may copy the config.json
+    that lies beside a tokenizer.
+    """
+    if not (checkpoint_dir / "config.json").is_file():
+        return find_model_type(config)
+    is_ours = (checkpoint_dir / "model_config.yaml").is_file()
+    try:
+        model_type = find_model_type(config, read_hf_config(checkpoint_dir))
+        if is_ours:
+            config_to_hf(config, model_type)
+    except ValueError:
+        if not is_ours:
+            raise
+        return find_model_type(config)
+    return model_type
 
 
 def check_mergeable(checkpoint_dir: Path) -> None:
@@ -128,38 +146,49 @@ def write_hf_folder(export: Export, output_dir: Path, max_shard_bytes: int) -> l
         written = write_safetensors(folder, tensors, max_shard_bytes)
         _write_json(folder / "config.json", values)
         save_config(export.config, folder)
-        for name in (*TOKENIZER_FILES, "generation_config.json", "prompt_style.yaml"):
+        for name in (*TOKENIZER_FILES, "prompt_style.yaml"):
             if (export.folder / name).is_file():
                 shutil.copyfile(export.folder / name, folder / name)
-        if not (folder / "generation_config.json").exists() and token_ids:
-            _write_json(folder / "generation_config.json", token_ids)
+        if settings := _generation_settings(export.folder) or token_ids:
+            _write_json(folder / "generation_config.json", settings)
+    if not any((output_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        warnings.warn(f"{export.folder} holds no tokenizer, and neither does {output_dir}", stacklevel=2)
     return [output_dir / path.name for path in written]
 
 
 def write_hf_state_dict(export: Export, path: Path) -> Path:
     """Write one torch file for `from_pretrained(.., state_dict=torch.load(path))`."""
+    tensors = hf_tensors(export)
+    _check_is_no_file(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_torch(path, hf_tensors(export))
+    write_torch(path, tensors)
     return path
 
 
-def write_gguf_file(export: Export, output_dir: Path, gguf_type: GGUFType) -> Path:
-    """Write one file for llama.cpp, called after the model."""
-    name = export.config.name or export.folder.resolve().name
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / f"{name.replace('/', '-')}-{gguf_type.upper()}.gguf"
+def write_gguf_file(export: Export, output: Path, gguf_type: GGUFType) -> Path:
+    """Write one file for llama.cpp: `output` if that ends in .gguf, else one in this folder, called after the model."""
+    path = output
+    if output.suffix.lower() != ".gguf" or output.is_dir():
+        _check_is_no_file(output)
+        name = export.config.name or export.folder.resolve().name
+        path = output / f"{name.replace('/', '-')}-{gguf_type.upper()}.gguf"
     return write_gguf(path, export.weights, export.config, export.model_type, export.folder, gguf_type)
+
+
+def _check_is_no_file(folder: Path) -> None:
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: name a folder")
 
 
 def hf_tensors(export: Export) -> dict[str, LazyTensor]:
     """The weights by the names of Hugging Face, or those of the model's own weight map."""
-    return StateDictAdapter(export.config, export.weight_map or export.model_type).to_hf(export.weights)
+    shapes = None if export.weight_map is None else {name: tensor.shape for name, tensor in export.weights.items()}
+    return StateDictAdapter(export.config, export.weight_map or export.model_type, shapes).to_hf(export.weights)
 
 
 def check_replaceable(output_dir: Path, source: Path) -> None:
     """Raise unless nothing is lost when `output_dir` is replaced."""
-    if output_dir.is_file():
-        raise ValueError(f"{output_dir} is a file: name a folder")
+    _check_is_no_file(output_dir)
     if not output_dir.is_dir() or not any(output_dir.iterdir()):
         return
     known = {path for pattern in _FOLDER_FILES for path in output_dir.glob(pattern)}
@@ -175,8 +204,7 @@ def check_replaceable(output_dir: Path, source: Path) -> None:
 
 def find_token_ids(checkpoint_dir: Path) -> dict[str, Any]:
     """`bos_token_id`, `eos_token_id` and `pad_token_id`, as far as tokenizer and generation_config.json tell."""
-    file = checkpoint_dir / "generation_config.json"
-    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    values = _generation_settings(checkpoint_dir)
     ids = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if values.get(key) is not None}
     try:
         tokenizer = Tokenizer(checkpoint_dir)
@@ -184,6 +212,24 @@ def find_token_ids(checkpoint_dir: Path) -> dict[str, Any]:
         return ids
     found = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     return {key: value for key, value in found.items() if value is not None} | ids
+
+
+def _generation_settings(checkpoint_dir: Path) -> dict[str, Any]:
+    """The content of generation_config.json, with wrong commas put right."""
+    file = checkpoint_dir / "generation_config.json"
+    if not file.is_file():
+        return {}
+    text = file.read_text(encoding="utf-8-sig")
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError:
+        try:
+            values = fix_and_load_json(text)
+        except ValueError as error:
+            raise ValueError(f"{file} is not valid JSON ({error}); fetch it again, or remove it") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}, not a JSON object; fetch it again, or remove it")
+    return values
 
 
 def _is_same(one: LazyTensor, other: LazyTensor) -> bool:

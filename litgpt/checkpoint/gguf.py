@@ -126,6 +126,7 @@ def write_gguf(
     if gguf_type == "q8_0":
         metadata["general.quantization_version"] = gguf.GGML_QUANT_VERSION
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)  # not earlier: a refusal leaves nothing behind
     kinds = {name: _kind(name, tensor.shape, gguf_type) for name, tensor in tensors.items()}
     sizes = {name: _n_bytes(tensor.shape, kinds[name]) for name, tensor in tensors.items()}
     check_disk_space(path, sum(sizes.values()))

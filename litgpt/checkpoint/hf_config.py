@@ -74,6 +74,11 @@ def read_hf_config(folder_or_file: str | Path) -> dict[str, Any]:
     return _text_part(values)
 
 
+def folder_name(folder: str | Path) -> str:
+    """What a folder is called, also where the path is `.` or ends in `..`: prompt styles go by the name."""
+    return name if (name := Path(folder).name) not in ("", "..") else Path(folder).resolve().name
+
+
 def config_from_hf(values: Mapping[str, Any], name: str | None = None) -> Config:
     """The config of the model that a `config.json` describes.
 
@@ -174,7 +179,7 @@ def _text_part(values: Mapping[str, Any]) -> dict[str, Any]:
     warnings.warn(
         f"of this {str(values.get('model_type'))[:60]} model only the text part is used"
         + (f", {' and '.join(others)} left out" if others else ""),
-        stacklevel=3,
+        stacklevel=2,  # one place, so that it is said once however often a command reads the file
     )
     outer = {key: values[key] for key in ("model_type", *OF_ALL_PARTS) if key in values}
     return outer | {key: value for key, value in text.items() if key != "text_config"}

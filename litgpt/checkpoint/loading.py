@@ -14,13 +14,18 @@ from litgpt.checkpoint.folders import some
 from litgpt.checkpoint.hf_config import read_hf_config
 from litgpt.checkpoint.lazy import cast_all
 from litgpt.checkpoint.tensors import LazyTensor, open_weights
+from litgpt.checkpoint.weight_maps import WeightMap
 from litgpt.config import Config
 
 _BLOCK = re.compile(r"(.*?\.\d+)\.")
 
 
 def open_model_weights(
-    dir_or_file: Path | str, config: Config, hf_values: dict[str, Any] | None = None
+    dir_or_file: Path | str,
+    config: Config,
+    hf_values: dict[str, Any] | None = None,
+    weight_map: WeightMap | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, LazyTensor]:
     """The tensors of a checkpoint in our names and layout, whatever is on disk; nothing is read yet.
 
@@ -28,22 +33,33 @@ def open_model_weights(
         dir_or_file: See `open_weights`. Hugging Face weights are recognised by their names.
         config: Of the model that the weights belong to.
         hf_values: The `config.json` beside Hugging Face weights; None: it is read if it is there.
+        weight_map: How a registered model calls its weights elsewhere, see `ModelSpec`.
+        shapes: Of the weights by our names, where the model has others than a GPT of this config.
 
     Raises:
         ValueError: A tensor that such a model does not have, or one that is missing.
     """
     tensors = open_weights(dir_or_file)
-    return _in_our_names(tensors, Path(dir_or_file), config, hf_values) if is_hf_names(tensors) else tensors
+    if weight_map is None and not is_hf_names(tensors):
+        return tensors
+    return _in_our_names(tensors, Path(dir_or_file), config, hf_values, weight_map, shapes)
 
 
 def _in_our_names(
-    tensors: dict[str, LazyTensor], path: Path, config: Config, hf_values: dict[str, Any] | None = None
+    tensors: dict[str, LazyTensor],
+    path: Path,
+    config: Config,
+    hf_values: dict[str, Any] | None = None,
+    weight_map: WeightMap | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, LazyTensor]:
     folder = path if path.is_dir() else path.parent
-    if hf_values is None and (folder / "config.json").is_file():
+    if weight_map is None and hf_values is None and (folder / "config.json").is_file():
         hf_values = read_hf_config(folder)
     try:
-        return StateDictAdapter(config, find_model_type(config, hf_values, tensors)).from_hf(tensors)
+        adapter = StateDictAdapter(config, weight_map or find_model_type(config, hf_values, tensors), shapes)
+        is_ours = weight_map is not None and any(_spelled(name) in adapter.shapes for name in tensors)
+        return tensors if is_ours else adapter.from_hf(tensors)
     except ValueError as error:
         raise ValueError(f"the weights in {path} do not fit the model: {error}") from None
 
@@ -99,8 +115,9 @@ def check_fit(model: nn.Module, tensors: Mapping[str, LazyTensor], source: Path 
 
 
 def load_model_weights(
-    model: nn.Module, dir_or_file: Path | str, strict: bool = True, dtype: torch.dtype | None = None
-) -> None:
+    model: nn.Module, dir_or_file: Path | str, strict: bool = True, dtype: torch.dtype | None = None,
+    weight_map: WeightMap | None = None
+) -> None:  # fmt: skip
     """Load the model part of a checkpoint, ours or one of Hugging Face.
 
     Parameters on the meta device become views of the file, where its dtype is the wanted one and the layout is ours;
@@ -113,8 +130,9 @@ def load_model_weights(
         strict: Refuse missing and unexpected names. Wrong shapes are always refused.
         dtype: What floating point weights are cast to. None: on the meta device as in the file, otherwise as the
             parameters are.
+        weight_map: How a registered model calls its weights elsewhere, see `ModelSpec`.
     """
-    tensors, aliases = _open_for(model, dir_or_file), _shared_parameters(model)
+    tensors, aliases = _open_for(model, dir_or_file, weight_map), _shared_parameters(model)
     state = model.state_dict(keep_vars=True)
     is_meta = any(tensor.is_meta for tensor in state.values() if isinstance(tensor, Tensor))
     if dtype is not None:
@@ -141,11 +159,14 @@ def load_model_weights(
         raise _misfit(dir_or_file, CheckpointValidationResult(False, missing, unexpected).summary())
 
 
-def _open_for(model: nn.Module, dir_or_file: Path | str) -> dict[str, LazyTensor]:
+def _open_for(model: nn.Module, dir_or_file: Path | str, weight_map: WeightMap | None = None) -> dict[str, LazyTensor]:
     tensors, config = open_weights(dir_or_file), getattr(model, "config", None)
     is_own = tensors.keys() <= model.state_dict().keys()  # a model that is no GPT may use the same names
-    if is_own or not isinstance(config, Config) or not is_hf_names(tensors):
+    if is_own or not isinstance(config, Config) or (weight_map is None and not is_hf_names(tensors)):
         return tensors
+    if weight_map is not None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        return _in_our_names(tensors, Path(dir_or_file), config, None, weight_map, shapes)
     return _in_our_names(tensors, Path(dir_or_file), config)
 
 
@@ -183,8 +204,7 @@ def _is_same(one: LazyTensor, other: LazyTensor) -> bool:
 
 
 def _compare(model: nn.Module, weights: Mapping[str, LazyTensor]) -> CheckpointValidationResult:
-    # "attn.attn" is the published old spelling that attention converts while loading
-    weights = {name.replace(".attn.attn.", ".attn.qkv."): tensor for name, tensor in weights.items()}
+    weights = {_spelled(name): tensor for name, tensor in weights.items()}
     aliases, state = _shared_parameters(model), model.state_dict()
     missing = [name for name in state if name not in weights and not _has_alias(name, aliases, weights)]
     unexpected = [name for name in weights if name not in state]
@@ -194,6 +214,11 @@ def _compare(model: nn.Module, weights: Mapping[str, LazyTensor]) -> CheckpointV
         if name in weights and weights[name].shape != tuple(tensor.shape)
     ]
     return CheckpointValidationResult(not (missing or unexpected or shapes), missing, unexpected, shapes)
+
+
+def _spelled(name: str) -> str:
+    """A name of ours; `attn.attn` is the published old spelling that attention converts while loading."""
+    return name.replace(".attn.attn.", ".attn.qkv.")
 
 
 def _shared_parameters(model: nn.Module) -> list[list[str]]:

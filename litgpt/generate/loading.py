@@ -81,10 +81,10 @@ def load_model(
     if quantize is not None and any(parameter.is_meta for parameter in model.parameters()):
         load_quantized(model, checkpoint_dir, quantize, dtype, device)
     else:
-        load_model_weights(model, checkpoint_dir, dtype=dtype)
+        load_model_weights(model, checkpoint_dir, dtype=dtype, weight_map=spec.weight_map)
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         model = build_model(spec, config)  # its constructor computes buffers that no checkpoint holds
-        load_model_weights(model, checkpoint_dir, dtype=dtype)
+        load_model_weights(model, checkpoint_dir, dtype=dtype, weight_map=spec.weight_map)
     if quantize is not None:
         quantize_model(model, quantize, dtype)
     return model.to(device=device, dtype=dtype).eval()

@@ -61,10 +61,12 @@ def convert_hf_checkpoint(
     if delete_source and target.is_file() and not all(path.is_file() for path in files_of(source)):
         _delete_source(source, spec, config)  # an earlier run was ended while it did this
         return
-    tensors = open_model_weights(source, config)
+    model = _on_meta(spec, config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = open_model_weights(source, config, weight_map=spec.weight_map, shapes=shapes)
     if dtype is not None:
         tensors = cast_all(tensors, DTYPES[dtype.removeprefix("torch.")])
-    check_fit(_on_meta(spec, config), tensors, source)
+    check_fit(model, tensors, source)
     n_bytes = sum({id(tensor): tensor.n_bytes for tensor in tensors.values()}.values())
     check_disk_space(target, n_bytes)
     with atomic_file(folder / "model_config.yaml") as file:

@@ -41,7 +41,8 @@ def convert_lit_checkpoint(
     `--format hf` writes a folder that transformers, vLLM and TGI load by its name: config.json, model.safetensors (or
     shards with their index), tokenizer, chat template, generation_config.json. All commands of litgpt read it too.
     `--format gguf` writes one file for llama.cpp, Ollama and LM Studio, with tokenizer and chat template.
-    `--format pth` writes OUTPUT_DIR/model.pth alone, as 0.5 did, for `from_pretrained(.., state_dict=torch.load(..))`.
+    `--format pth` writes OUTPUT_DIR/model.pth alone, as 0.5 did, for `from_pretrained(.., state_dict=torch.load(..))`;
+    transformers 5 wants None for the name then, and `config=`.
     `--format peft` writes what LoRA finetuning learned, without the model, as an adapter folder for PEFT and vLLM.
     Only one of them is written, so that the weights are not twice on the disk: a script that loads model.pth needs
     `--format pth`.
@@ -50,7 +51,7 @@ def convert_lit_checkpoint(
         checkpoint_dir: Folder with the weights, such as the final folder of a run. checkpoints/NAME may be given as
             NAME.
         output_dir: Folder to write into. For hf it must not exist, be empty, or be an earlier export, which is replaced
-            once the new one is complete.
+            once the new one is complete. For gguf a name that ends in .gguf is the file itself.
         format: hf, gguf, pth or peft; see above.
         dtype: float32, float16 or bfloat16 to cast the weights to. Without it they stay as they are. For hf and pth.
         gguf_type: f16, bf16 or q8_0 (8 bits a weight), for the matrices in a GGUF file.

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from litgpt.checkpoint.adapter import is_hf_names
 from litgpt.checkpoint.atomic import atomic_folder, remove_leftovers
 from litgpt.checkpoint.folders import (
     WEIGHTS_NAME,
@@ -11,7 +12,10 @@ from litgpt.checkpoint.folders import (
     existing_folder,
     find_weights_file,
 )
+from litgpt.checkpoint.loading import open_model_weights
 from litgpt.checkpoint.tensors import open_weights, write_torch
+from litgpt.config import save_config
+from litgpt.registry import load_checkpoint_config
 
 _OTHER_FILES = ("prompt_style.yaml", "hyperparameters.yaml")
 
@@ -31,11 +35,17 @@ def convert_pretrained_checkpoint(checkpoint_dir: Path, output_dir: Path) -> Non
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         kind = "holds files already" if output_dir.is_dir() else "is a file"
         raise ValueError(f"{output_dir} {kind}: name a folder that does not exist yet, or an empty one")
-    tensors = open_weights(find_weights_file(checkpoint_dir))
+    weights = find_weights_file(checkpoint_dir)
+    tensors, config = open_weights(weights), None
+    if is_hf_names(tensors):
+        config = load_checkpoint_config(checkpoint_dir)[1]
+        tensors = open_model_weights(weights, config)
     remove_leftovers(output_dir.absolute().parent)
     with atomic_folder(output_dir) as folder:
         write_torch(folder / WEIGHTS_NAME, tensors)
         copy_config_files(checkpoint_dir, folder)
+        if config is not None:
+            save_config(config, folder)
         for name in _OTHER_FILES:
             if (checkpoint_dir / name).is_file():
                 shutil.copy(checkpoint_dir / name, folder)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from litgpt.checkpoint.hf_config import config_from_hf, read_hf_config
+from litgpt.checkpoint.hf_config import config_from_hf, folder_name, read_hf_config
 from litgpt.config import Config
 from litgpt.plan import (
     TASKS,
@@ -134,7 +134,7 @@ def find_model(name: str) -> tuple[Config, int | None]:
             if path.is_file() and isinstance(values, dict) and values.get("model_type", "gpt") == "gpt":
                 return Config.from_file(path), None
             if not path.is_file() and (folder / "config.json").is_file():
-                return config_from_hf(read_hf_config(folder), folder.name), None
+                return config_from_hf(read_hf_config(folder), folder_name(folder)), None
         if not folder.is_dir() and not is_extended:
             with contextlib.suppress(ValueError):
                 return Config.from_name(name), None

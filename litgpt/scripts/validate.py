@@ -49,7 +49,7 @@ def validate_setup(
         steps.run("checksums", lambda: _compare_checksums(weights), weights)
     found = steps.run("config", lambda: _read_config(folder))
     steps.run("weights", lambda: _compare_names(weights, *found), weights, found)
-    steps.run("tokenizer", lambda: _try_tokenizer(folder))
+    steps.run("tokenizer", lambda: _try_tokenizer(folder, found and found[1]))
     steps.run("memory", lambda: _estimate(found[1], DTYPES[dtype], training), found)
     if steps.faults:
         raise ValueError(f"{folder} is no valid checkpoint: {'; '.join(steps.faults)}")
@@ -82,6 +82,11 @@ class _Steps:
         return result
 
 
+def format_size(n_bytes: float) -> str:
+    """`1.23 GB`, or `1.2 MB` where that says more."""
+    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
+
+
 def _find_files(folder: Path, model_filename: str) -> tuple[str, Path]:
     weights = folder / model_filename
     if not weights.is_file():
@@ -89,12 +94,13 @@ def _find_files(folder: Path, model_filename: str) -> tuple[str, Path]:
             raise FileNotFoundError(f"{weights} is not there")
         weights = find_weights_file(folder)
     files = files_of(weights)
-    if lacking := [file.name for file in files if not file.is_file()]:
+    shards = [file for file in files if not file.name.endswith(".index.json")]
+    if lacking := [file.name for file in shards if not file.is_file()]:
         raise FileNotFoundError(
-            f"{folder} lacks {len(lacking)} of {len(files)} shards ({some(lacking)}); download or copy them again"
+            f"{folder} lacks {len(lacking)} of {len(shards)} shards ({some(lacking)}); download or copy them again"
         )
-    size = sum(file.stat().st_size for file in files)
-    return f"{weights.name}, {len(files)} file{'s' * (len(files) > 1)}, {size / 1e9:,.2f} GB", weights
+    size = sum(file.stat().st_size for file in shards)
+    return f"{weights.name}, {len(shards)} file{'s' * (len(shards) > 1)}, {format_size(size)}", weights
 
 
 def _compare_checksums(weights: Path) -> tuple[str, bool]:
@@ -112,15 +118,23 @@ def _read_config(folder: Path) -> tuple[str, tuple[ModelSpec, Config]]:
 def _compare_names(weights: Path, spec: ModelSpec, config: Config) -> tuple[str, bool]:
     with meta_device():
         model = build_model(spec, config)
-    tensors = open_model_weights(weights, config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = open_model_weights(weights, config, weight_map=spec.weight_map, shapes=shapes)
     check_fit(model, tensors, weights)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     return f"{len(tensors)} tensors fit the model, {', '.join(dtypes)}", True
 
 
-def _try_tokenizer(folder: Path) -> tuple[str, bool]:
+def _try_tokenizer(folder: Path, config: Config | None) -> tuple[str, bool]:
     tokenizer = Tokenizer(folder)
-    decoded = tokenizer.decode(tokenizer.encode(_SENTENCE, bos=False, eos=False))
+    ids = tokenizer.encode(_SENTENCE, bos=False, eos=False)
+    # not by the size of the vocabulary: Gemma 3 has a token for images, which the embedding of its text part lacks
+    if config is not None and (largest := int(ids.max())) >= config.padded_vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} gives the token {largest}, but the model knows only "
+            f"{config.padded_vocab_size}: they do not belong together"
+        )
+    decoded = tokenizer.decode(ids)
     if decoded.split() != _SENTENCE.split():
         raise ValueError(f"the tokenizer in {folder} turns {_SENTENCE!r} into {decoded[:100]!r}: take its files again")
     return f"{tokenizer.vocab_size:,} tokens", True
@@ -128,7 +142,7 @@ def _try_tokenizer(folder: Path) -> tuple[str, bool]:
 
 def _estimate(config: Config, dtype: torch.dtype, training: bool) -> tuple[str, bool]:
     estimate = estimate_model_memory(config, dtype, training)
-    text = f"{estimate['estimated_total_gb']:.2f} GB for {'training' if training else 'inference'}"
+    text = f"{format_size(estimate['estimated_total_gb'] * 1e9)} for {'training' if training else 'inference'}"
     if (available := estimate.get("available_gpu_memory_gb")) is not None:
         text += f", {'fits' if estimate['fits_in_memory'] else 'does not fit'} in the {available:.1f} GB of the GPU"
     return text, True

@@ -82,7 +82,7 @@ def test_resume_finds_the_flipped_bit_of_the_newest_checkpoint_and_names_the_old
         folder.mkdir()
         newest = write("saved", folder)
     rng = random.Random(3)
-    for _ in range(20):
+    for _ in range(50):
         place = rng.randrange(newest.stat().st_size)
         flip(newest, place, 5)
         with pytest.raises(ValueError, match=r"step-00000002.*damaged.*another checkpoint is .*step-00000001"):
