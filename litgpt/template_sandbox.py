@@ -320,7 +320,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return bounded
 
     def _listed(self, args: tuple) -> tuple:
-        """The arguments, of which those that give one value after the other are lists now, so that they have a weight."""
+        """The arguments, those that give one value after the other as lists, so that they have a weight."""
         return tuple(self.charge(list(value)) if hasattr(value, "__next__") else value for value in args)
 
     def _admit(self, name: str, owner: Any, args: tuple, kwargs: dict[str, Any]) -> None:

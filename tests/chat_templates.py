@@ -1,4 +1,4 @@
-"""Chat templates in the formats of well-known models, written for the tests, and a tokenizer that knows their tokens."""
+"""Chat templates in the formats of well-known models, and a tokenizer that knows their special tokens."""
 
 import json
 from pathlib import Path

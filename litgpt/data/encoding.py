@@ -1,6 +1,7 @@
 """Conversations as token ids, and which of them are learnt."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -12,6 +13,8 @@ from litgpt.data.conversations import Conversation, Message
 from litgpt.prompts import Llama3, PromptStyle, R1Base
 
 TrainOn = Literal["assistant", "last", "marked", "all"]
+
+Span = tuple[int, int]
 
 MESSAGE_STYLES = (Llama3, R1Base)
 """Styles that take a whole conversation; all others dress one question."""
@@ -202,9 +205,7 @@ def encode(tokenizer: Any, text: str, bos: bool | None = False, eos: bool = Fals
     return tokenizer.encode(text, bos=bos, eos=eos).tolist()
 
 
-def encode_with_offsets(
-    tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]
-) -> tuple[list[int], list[tuple[int, int]]]:
+def encode_with_offsets(tokenizer: Any, text: str, spans: Sequence[Span]) -> tuple[list[int], list[Span]]:
     """Ids of a text that spells out its special tokens, and the characters `(start, end)` that each stands for.
 
     Args:
@@ -224,21 +225,61 @@ def encode_with_offsets(
                 ids.append(special)
                 offsets.append((start, end))
             else:
-                pieces = tokenizer.processor.encode(text[start:end], out_type="immutable_proto").pieces
-                ids += [piece.id for piece in pieces]
-                offsets += close_gaps([(start + piece.begin, start + piece.end) for piece in pieces], start)
+                for part, here in encode_plain(tokenizer, text[start:end], start, spans):
+                    ids += part
+                    offsets += here
         return ids, offsets
-    edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
-    for start, end in pairwise(edges):
+    for start, end in stretches(text, 0, spans):
         part = encode(tokenizer, text[start:end])
         ids += part
         offsets += [(start, end)] * len(part)
     return ids, offsets
 
 
-def close_gaps(offsets: Sequence[tuple[int, int]], start: int = 0) -> list[tuple[int, int]]:
+def stretches(text: str, start: int, spans: Sequence[Span]) -> Iterable[Span]:
+    """The text between the edges of `spans`, for a `text` that begins at `start`; counted from its own beginning."""
+    edges = {edge - start for span in spans for edge in span if 0 < edge - start < len(text)}
+    return pairwise(sorted({0, len(text), *edges}))
+
+
+def encode_plain(
+    tokenizer: Any, text: str, start: int, spans: Sequence[Span]
+) -> Iterator[tuple[list[int], list[Span]]]:
+    """Ids and offsets of a text without special tokens, which begins at `start`, by a sentencepiece model.
+
+    Where the model changes the text before it splits it, the pieces do not tell what they stand for: then a new piece
+    begins at each edge of `spans`.
+    """
+    processor = tokenizer.processor
+    if (offsets := piece_offsets(processor.encode(text, out_type=str), text)) is not None:
+        yield processor.encode(text), [(start + begin, start + end) for begin, end in offsets]
+        return
+    for begin, end in stretches(text, start, spans):
+        ids = processor.encode(text[begin:end])
+        yield ids, [(start + begin, start + end)] * len(ids)
+
+
+def piece_offsets(pieces: Sequence[str], text: str) -> list[Span] | None:
+    """Characters of `text` that each piece stands for; None if the pieces joined are another text."""
+    raw = text.encode("utf-8", "replace")
+    character = [n for n, letter in enumerate(text) for _ in letter.encode("utf-8", "replace")]  # of each byte
+    offsets, at = [], 0
+    for n, piece in enumerate(pieces):
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+        content = bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
+        if n == 0 and content[:1] == b" " and not raw.startswith(content):
+            content = content[1:]  # the space that is put in front of every text
+        if not raw.startswith(content, at):
+            return None
+        begin = character[at] if at < len(raw) else len(text)
+        at += len(content)
+        offsets.append((begin, character[at - 1] + 1 if content else begin))
+    return offsets if at == len(raw) else None
+
+
+def close_gaps(offsets: Sequence[Span]) -> list[Span]:
     """Offsets of which each begins where the one before ends: some tokenizers leave out the space before a word."""
-    closed, before = [], start
+    closed, before = [], 0
     for begin, end in offsets:
         closed.append((min(begin, before), max(begin, end)))
         before = end
@@ -250,17 +291,17 @@ def split_at_special(tokenizer: Any, text: str) -> list[tuple[int, int, int | No
 
     Sentencepiece itself reads "<s>" in a text as three letters.
     """
-    stretches, at = [], 0
+    found_stretches, at = [], 0
     specials = special_pieces(tokenizer)
     while at < len(text):
         found = [(place, name) for name in specials if (place := text.find(name, at)) >= 0]
         place, name = min(found, default=(len(text), ""))
         if place > at:
-            stretches.append((at, place, None))
+            found_stretches.append((at, place, None))
         if name:
-            stretches.append((place, place + len(name), specials[name]))
+            found_stretches.append((place, place + len(name), specials[name]))
         at = place + len(name)
-    return stretches
+    return found_stretches
 
 
 @lru_cache(maxsize=8)

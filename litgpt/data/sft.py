@@ -72,7 +72,8 @@ class SampleEncoder:
     def key(self) -> list[str]:
         """What decides about the examples besides the samples."""
         style = [class_path(type(self.prompt_style)), str(init_args(self.prompt_style, "the cache"))]
-        source = self.transform.__code__.co_code.hex() if hasattr(self.transform, "__code__") else ""
+        code = getattr(self.transform, "__code__", None)
+        source = "" if code is None else f"{code.co_code.hex()} {code.co_consts} {code.co_names}"
         limits = (self.max_seq_length, self.train_on, self.ignore_index, self.too_long, self.vocab_size)
         return [tokenizer_hash(self.tokenizer), str(self.tokenizer.use_bos), *style, str(limits), source]
 
@@ -130,6 +131,8 @@ class SFTDataset(Dataset):
 
     def prepare(self, cache_dir: Path | str | None, num_workers: int = 1) -> "SFTDataset":
         """Tokenise all samples now, or take what an earlier run has kept in `cache_dir`."""
+        if self.transform is not None and not hasattr(self.transform, "__code__"):
+            cache_dir = None  # nobody can tell whether it is the one of the earlier run
         self.examples = TokenizedExamples(self.data, self.encoder, cache_dir, self.encoder.key(), num_workers)
         return self
 
