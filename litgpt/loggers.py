@@ -276,7 +276,13 @@ def log_row(
 
 
 def report(
-    meter: Meter, device: torch.device, out_dir: Path, plot: bool, title: str, counts: Mapping[str, int] | None = None
+    meter: Meter,
+    device: torch.device,
+    out_dir: Path,
+    plot: bool,
+    title: str,
+    counts: Mapping[str, int] | None = None,
+    next_command: str | None = None,
 ) -> None:
     """What the run has come to, and what to type next; `counts` are those of finetuning, see `count_tokens`."""
     rows = read_metrics(out_dir / "metrics.jsonl")
@@ -299,5 +305,6 @@ def report(
         )
     lines.append(f"Checkpoint: {out_dir / 'final'}")
     prompt = "What food do llamas eat?" if counts else "Once upon a time"
-    lines.append(f'Next: litgpt generate {out_dir / "final"} --prompt "{prompt}"')
+    default = f"litgpt generate {out_dir / 'final'}"
+    lines.append(f'Next: {next_command or default} --prompt "{prompt}"')
     print("\n".join(lines))

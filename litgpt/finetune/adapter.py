@@ -51,6 +51,10 @@ class Adapter(Method):
         """What is trained is saved."""
         return adapter_filter(name, None)
 
+    def next_command(self, folder: Path, checkpoint_dir: Path) -> str:
+        """The adapter's file goes on top of the model."""
+        return f"litgpt generate_adapter {checkpoint_dir} --adapter_path {folder / self.weights_name}"
+
 
 def setup(
     checkpoint_dir: Path,

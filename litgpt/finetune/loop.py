@@ -153,7 +153,8 @@ def run(
         method.finish(out_dir / "best", settings.checkpoint_dir, config)
     if fabric.global_rank == 0:
         counts = {name: state["run"].get(name, 0) for name in COUNTS}
-        report(meter, fabric.device, out_dir, settings.plot, title=f"{config.name} {method.name}", counts=counts)
+        hint = method.next_command(out_dir / "final", settings.checkpoint_dir)
+        report(meter, fabric.device, out_dir, settings.plot, f"{config.name} {method.name}", counts, hint)
     return job
 
 

@@ -47,6 +47,10 @@ class Method:
             config: Its config.
         """
 
+    def next_command(self, folder: Path, checkpoint_dir: Path) -> str:
+        """What generates with the final weights in `folder`; `--prompt` is added."""
+        return f"litgpt generate {folder}"
+
     @property
     def is_partial(self) -> bool:
         """Whether the weights file holds a part of the model, beside the one in the checkpoint folder."""

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+from litgpt.__main__ import main
 from litgpt.checkpoint.io import load_torch, load_weights, save_torch
 from litgpt.config import Config, save_config
 from litgpt.finetune import adapter, full, loop, lora
@@ -408,3 +410,12 @@ def test_mixed_precision_keeps_frozen_layers_in_16_bits_and_what_is_trained_in_3
     assert rows[-1]["loss"] < rows[0]["loss"]
     part = load_torch(f"out/final/{FILES[name]}")["model"]
     assert {tensor.dtype for tensor in part.values()} == {torch.float32}
+
+
+@every_method
+def test_last_line_of_a_run_is_a_command_that_works(name, settings, capsys):
+    METHODS[name].setup(**settings(train={"max_steps": 1}))
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("Next: litgpt ")
+    main([*shlex.split(last.removeprefix("Next: litgpt ")), "--max_new_tokens", "2", "--precision", "32-true"])
+    assert capsys.readouterr().out
