@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,6 +38,7 @@ from litgpt.preflight import (
     open_tokenizer,
     open_tracker,
 )
+from litgpt.prompts import Default, save_prompt_style
 from litgpt.registry import ModelSpec, get_model_spec, get_objective, model_names
 from litgpt.run_state import load_model, restore_rng, resume_run, rotate_checkpoints, save_run
 from litgpt.tokenizer import Tokenizer
@@ -216,7 +218,7 @@ def main(
 
     # Act 4: the state of the run, which is what a checkpoint holds
     state = {"model": model, "optimizer": optimizer, "train_dataloader": train_dataloader}
-    state |= {"iter_num": 0, "step_count": 0, "total_tokens": 0}
+    state |= {"iter_num": 0, "step_count": 0, "total_tokens": 0, "run": {"is_new": initial_checkpoint_dir is None}}
     fabric.seed_everything(seed + fabric.global_rank, verbose=False)  # dropout is to differ between devices
     if resume_path is not None:
         resume_run(fabric, resume_path, state, train, overfit)
@@ -371,8 +373,13 @@ def initialize_weights(fabric: "L.Fabric", model: nn.Module, n_layer: int, n_emb
 def save_checkpoint(
     fabric: "L.Fabric", state: dict[str, Any], tokenizer_dir: Path | None, checkpoint_file: Path
 ) -> None:
-    """Write a checkpoint folder, which appears only when it is complete."""
-    save_run(fabric, state, tokenizer_dir, checkpoint_file, command=setup)
+    """Write a checkpoint folder, which appears only when it is complete.
+
+    A model trained from new weights continues text, whatever chat style the name of its config stands for.
+    """
+    is_new = state.get("run", {}).get("is_new")
+    finish = partial(save_prompt_style, Default()) if is_new else None
+    save_run(fabric, state, tokenizer_dir, checkpoint_file, command=setup, finish=finish)
 
 
 def validate_args(

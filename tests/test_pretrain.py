@@ -23,6 +23,7 @@ from litgpt.data import TextFiles
 from litgpt.data.base import DataModule
 from litgpt.model import GPT
 from litgpt.objective import NextToken
+from litgpt.prompts import Default, load_prompt_style
 from litgpt.registry import register_model, register_objective
 from litgpt.tokenizer import Tokenizer
 from litgpt.tokenizer_training import train_tokenizer
@@ -154,10 +155,12 @@ def test_the_final_checkpoint_can_be_loaded_by_itself(run, corpus):
     payload = load_torch(out / "final" / "lit_model.pth")
     GPT(config).load_state_dict(payload["model"])
     assert payload.keys() == {
-        "model", "optimizer", "train_dataloader", "iter_num", "step_count", "total_tokens", "rng"
+        "model", "optimizer", "train_dataloader", "iter_num", "step_count", "total_tokens", "run", "rng"
     }  # fmt: skip
     assert (payload["iter_num"], payload["step_count"], payload["total_tokens"]) == (12, 6, 6 * 4 * 16)
     assert Tokenizer(out / "final").vocab_size == Tokenizer(corpus / "tok").vocab_size
+    # whatever chat style the name stands for, a new model has learnt to continue text
+    assert type(load_prompt_style(out / "final")) is Default
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(run):
