@@ -339,6 +339,8 @@ def split_samples(
     """Samples for training and, at random, about `fraction` of them for validation."""
     if not 0 <= fraction < 1:
         raise ValueError(f"--data.val_split_fraction is {fraction}; it must be at least 0 and less than 1")
-    parts = random_split(range(len(samples)), [1 - fraction, fraction], torch.Generator().manual_seed(seed))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Length of split")  # `setup` says it in its own words
+        parts = random_split(range(len(samples)), [1 - fraction, fraction], torch.Generator().manual_seed(seed))
     train, val = ([samples[i] for i in part.indices] for part in parts)
     return train, val
