@@ -160,9 +160,13 @@ def test_saved_data_set_in_arrow_files(tmp_path):
 
 def test_what_the_datasets_package_saves_is_read(tmp_path):
     datasets = pytest.importorskip("datasets")
-    data = datasets.DatasetDict(
-        {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
-    )
+    pa = pytest.importorskip("pyarrow")
+
+    def dataset(rows):
+        table = datasets.table.InMemoryTable(pa.Table.from_pylist(rows))
+        return datasets.Dataset(table, fingerprint=f"rows{len(rows)}")  # or it pickles classes of pyarrow
+
+    data = datasets.DatasetDict({"train": dataset(ROWS), "test": dataset(ROWS[:1])})
     data.save_to_disk(str(tmp_path / "both"))
     data["train"].save_to_disk(str(tmp_path / "one"))
     splits = find_splits(tmp_path / "both")
