@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -426,3 +427,15 @@ def test_llm_is_found_without_heavy_imports() -> None:
     code = "import sys, json, litgpt.api; print(json.dumps([m.partition('.')[0] for m in sys.modules]))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert not {"lightning", "transformers", "huggingface_hub", "safetensors", "tokenizers", "gguf"} & set(loaded)
+
+
+def test_config_json_beside_a_tokenizer_is_not_saved_with_another_model(
+    tiny_tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_tokenizer_dir, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer" / "generation_config.json").write_text('{"eos_token_id": 0}')
+    llm = LLM.load("pythia-14m", init="random", tokenizer_dir=tmp_path / "tokenizer")
+    llm.save(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "config.json").exists()
+    assert (tmp_path / "saved" / "generation_config.json").is_file()

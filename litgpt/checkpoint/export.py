@@ -86,7 +86,7 @@ def _find_type(checkpoint_dir: Path, config: Config) -> str:
         return find_model_type(config)
     is_ours = (checkpoint_dir / "model_config.yaml").is_file()
     try:
-        model_type = find_model_type(config, read_hf_config(checkpoint_dir))
+        model_type = find_model_type(config, read_hf_config(checkpoint_dir, is_quiet=True))
         if is_ours:
             config_to_hf(config, model_type)
     except ValueError:

@@ -52,8 +52,12 @@ class UnsupportedArchitecture(ValueError):
     """A config.json of an architecture that is not in the table."""
 
 
-def read_hf_config(folder_or_file: str | Path) -> dict[str, Any]:
+def read_hf_config(folder_or_file: str | Path, is_quiet: bool = False) -> dict[str, Any]:
     """The values of a `config.json`; of a model with several parts those of its text part, with a notice.
+
+    Args:
+        folder_or_file: The file, or the folder that it is in.
+        is_quiet: Leave the notice out, where the file is read once more.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -71,7 +75,7 @@ def read_hf_config(folder_or_file: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object; fetch it again")
-    return _text_part(values)
+    return _text_part(values, is_quiet)
 
 
 def folder_name(folder: str | Path) -> str:
@@ -168,7 +172,7 @@ def hf_dtype(values: Mapping[str, Any]) -> str | None:
 # ---- what is read: the part, the row, the features, the types
 
 
-def _text_part(values: Mapping[str, Any]) -> dict[str, Any]:
+def _text_part(values: Mapping[str, Any], is_quiet: bool = False) -> dict[str, Any]:
     text = values.get("text_config")
     if text is None:
         return dict(values)
@@ -176,11 +180,10 @@ def _text_part(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"config.json: text_config is {str(text)[:60]!r}; it must be a map of keys")
     others = [key.removesuffix("_config") for key in values if key.endswith("_config") and key not in OF_ALL_PARTS]
     others.remove("text")
-    warnings.warn(
-        f"of this {str(values.get('model_type'))[:60]} model only the text part is used"
-        + (f", {' and '.join(others)} left out" if others else ""),
-        stacklevel=2,  # one place, so that it is said once however often a command reads the file
-    )
+    if not is_quiet:
+        parts = f", {' and '.join(others)} left out" if others else ""
+        model_type = str(values.get("model_type"))[:60]
+        warnings.warn(f"of this {model_type} model only the text part is used{parts}", stacklevel=3)
     outer = {key: values[key] for key in ("model_type", *OF_ALL_PARTS) if key in values}
     return outer | {key: value for key, value in text.items() if key != "text_config"}
 

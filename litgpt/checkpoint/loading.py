@@ -1,7 +1,7 @@
 """Weights into models: whatever lies on disk becomes the tensors of our model, read in place where that is possible."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,12 @@ def _in_our_names(
 ) -> dict[str, LazyTensor]:
     folder = path if path.is_dir() else path.parent
     if weight_map is None and hf_values is None and (folder / "config.json").is_file():
-        hf_values = read_hf_config(folder)
+        hf_values = read_hf_config(folder, is_quiet=True)
     try:
         adapter = StateDictAdapter(config, weight_map or find_model_type(config, hf_values, tensors), shapes)
-        is_ours = weight_map is not None and any(_spelled(name) in adapter.shapes for name in tensors)
-        return tensors if is_ours else adapter.from_hf(tensors)
+        if weight_map is not None and _n_known(tensors, adapter.shapes) > _n_known(tensors, adapter.hf_shapes()):
+            return tensors  # some names may be the same on both sides
+        return adapter.from_hf(tensors)
     except ValueError as error:
         raise ValueError(f"the weights in {path} do not fit the model: {error}") from None
 
@@ -214,6 +215,10 @@ def _compare(model: nn.Module, weights: Mapping[str, LazyTensor]) -> CheckpointV
         if name in weights and weights[name].shape != tuple(tensor.shape)
     ]
     return CheckpointValidationResult(not (missing or unexpected or shapes), missing, unexpected, shapes)
+
+
+def _n_known(names: Iterable[str], known: Container[str]) -> int:
+    return sum(_spelled(name) in known for name in names)
 
 
 def _spelled(name: str) -> str:

@@ -211,3 +211,29 @@ def test_token_ids_come_from_the_files(checkpoint: Callable) -> None:
     assert find_token_ids(folder) == {"bos_token_id": 0, "eos_token_id": [0, 7], "pad_token_id": 3}
     (folder / "tokenizer.json").unlink()
     assert find_token_ids(folder) == {"eos_token_id": [0, 7], "pad_token_id": 3}
+
+
+def test_config_json_of_another_model_is_not_believed(checkpoint: Callable, tmp_path: Path) -> None:
+    """Runs copy the one that lies beside their tokenizer."""
+    folder, _ = checkpoint(QwenConfig(**SIZES))
+    for values in ({"model_type": "gpt_neox"}, {"model_type": "llama"}, {"model_type": "mamba"}):
+        (folder / "config.json").write_text(json.dumps(values))
+        assert open_export(folder, load_checkpoint_config(folder)[1]).model_type == "qwen2", values
+
+
+def test_wrong_commas_of_the_generation_settings_are_put_right(checkpoint: Callable, tmp_path: Path) -> None:
+    folder, _ = checkpoint(LlamaConfig(**SIZES))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7], "top_k": 5,}')
+    write_hf_folder(open_export(folder, load_checkpoint_config(folder)[1]), tmp_path / "hf", 10**9)
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text()) == {"eos_token_id": [2, 7], "top_k": 5}
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == [2, 7]
+    (folder / "generation_config.json").write_text("{nonsense")
+    with pytest.raises(ValueError, match=r"generation_config\.json is not valid JSON"):
+        find_token_ids(folder)
+
+
+def test_export_without_a_tokenizer_says_so(checkpoint: Callable, tmp_path: Path) -> None:
+    folder, _ = checkpoint(LlamaConfig(**SIZES))
+    (folder / "tokenizer.json").unlink()
+    with pytest.warns(UserWarning, match="holds no tokenizer"):
+        write_hf_folder(open_export(folder, load_checkpoint_config(folder)[1]), tmp_path / "hf", 10**9)

@@ -2,13 +2,21 @@
 
 import json
 import time
+import warnings
 from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from litgpt.checkpoint.adapter import find_model_type
-from litgpt.checkpoint.hf_config import UnsupportedArchitecture, config_from_hf, config_to_hf, hf_dtype, read_hf_config
+from litgpt.checkpoint.hf_config import (
+    UnsupportedArchitecture,
+    config_from_hf,
+    config_to_hf,
+    folder_name,
+    hf_dtype,
+    read_hf_config,
+)
 from litgpt.checkpoint.hf_families import FAMILIES
 from litgpt.config import Config, name_to_config
 
@@ -388,3 +396,19 @@ def test_token_ids_and_dtype_are_written_in_both_spellings():
 def test_unknown_model_type_cannot_be_written():
     with pytest.raises(UnsupportedArchitecture, match=r"'lama'.*did you mean.*llama"):
         config_to_hf(config_from_hf(tiny("llama")), "lama")
+
+
+@pytest.mark.parametrize("path", [".", "../phi-3", "below/.."])
+def test_folder_has_its_name_from_wherever_one_looks(tmp_path, monkeypatch, path):
+    (tmp_path / "phi-3" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "phi-3")
+    assert folder_name(path) == "phi-3"
+
+
+def test_left_out_part_is_named_unless_the_file_is_read_again(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3", "text_config": {}, "vision_config": {}}')
+    with pytest.warns(UserWarning, match="only the text part is used, vision left out"):
+        values = read_hf_config(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_hf_config(tmp_path, is_quiet=True) == values

@@ -13,6 +13,7 @@ from litgpt.checkpoint.lazy import OpenFile
 from litgpt.checkpoint.loading import check_fit, load_model_weights, open_model_weights, validate_checkpoint
 from litgpt.checkpoint.tensors import LazyTensor, open_weights, write_safetensors
 from litgpt.checkpoint.torch_file import save_torch
+from litgpt.checkpoint.weight_maps import WeightMap
 from litgpt.config import Config
 from litgpt.model import GPT
 
@@ -222,3 +223,32 @@ def test_litgpt_weights_come_before_those_of_hugging_face_in_one_folder(tmp_path
     assert torch.equal(model.lm_head.weight, source.lm_head.weight)
     shutil.rmtree(folder)  # the model keeps its pages
     assert torch.equal(model.lm_head.weight, source.lm_head.weight)
+
+
+class Gated(GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate = torch.nn.Linear(config.n_embd, 1)
+
+
+GATED_MAP = WeightMap(
+    outer={"transformer.wte": "tokens", "transformer.ln_f": "norm", "lm_head": "head", "gate": "gate"},
+    block={"norm_1": "n1", "norm_2": "n2", "attn.qkv": "qkv", "attn.proj": "out", "mlp.fc_1": "up", "mlp.fc_2": "down",
+           "mlp.proj": "last"},
+    layers="blocks.{}.",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("names", ["its own", "ours"])
+def test_weight_map_of_a_registered_model_is_read(tmp_path, names):
+    model = Gated(Config(**LLAMA))
+    ours = {name: LazyTensor.of(tensor) for name, tensor in model.state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in ours.items()}
+    theirs = StateDictAdapter(model.config, GATED_MAP, shapes).to_hf(ours)
+    assert "blocks.0.qkv.weight" in theirs and "gate.bias" in theirs
+    write_safetensors(tmp_path, theirs if names == "its own" else ours)
+    for other in (Gated(Config(**LLAMA)), Gated(Config(**LLAMA)).to("meta")):
+        load_model_weights(other, tmp_path, weight_map=GATED_MAP)
+        assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values()))
+    opened = open_model_weights(tmp_path, model.config, weight_map=GATED_MAP, shapes=shapes)
+    assert opened.keys() == ours.keys()

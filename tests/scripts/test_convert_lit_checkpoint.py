@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from litgpt import GPT, Config, registry
 from litgpt.checkpoint.io import load_weights, save_torch
@@ -226,3 +227,34 @@ def test_killed_export_leaves_nothing_that_looks_whole(checkpoint: Callable, tmp
     convert_lit_checkpoint(folder, out)
     assert len(load_weights(out)) == 3 + 9 * 8
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_name_that_ends_in_gguf_is_the_file_itself(checkpoint: Callable, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("gguf")
+    folder = checkpoint(GPT(LlamaConfig(name="tiny", **SIZES)))
+    convert_lit_checkpoint(folder, tmp_path / "below" / "out.gguf", format="gguf")
+    assert (tmp_path / "below" / "out.gguf").read_bytes()[:4] == b"GGUF"
+    assert [file.name for file in (tmp_path / "below").iterdir()] == ["out.gguf"]
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'below' / 'out.gguf'}: a llama model")
+
+
+@pytest.mark.parametrize("format", ["hf", "pth", "gguf"])
+def test_file_in_the_place_of_the_folder_is_named(checkpoint: Callable, tmp_path: Path, format: str) -> None:
+    pytest.importorskip("gguf")
+    folder = checkpoint(GPT(LlamaConfig(name="tiny", **SIZES)))
+    (tmp_path / "file.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"file\.txt is a file: name a folder"):
+        convert_lit_checkpoint(folder, tmp_path / "file.txt", format=format)
+    assert (tmp_path / "file.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("format", ["pth", "gguf"])
+def test_export_that_is_refused_leaves_no_folder(checkpoint: Callable, tmp_path: Path, format: str) -> None:
+    pytest.importorskip("gguf")
+    folder = checkpoint(GPT(PythiaConfig(name="tiny", **SIZES)))
+    config = yaml.safe_load((folder / "model_config.yaml").read_text())
+    if format == "pth":
+        (folder / "model_config.yaml").write_text(yaml.safe_dump(config | {"n_layer": 3}))
+    with pytest.raises(ValueError):
+        convert_lit_checkpoint(folder, tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()

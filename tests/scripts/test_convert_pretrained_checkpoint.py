@@ -7,6 +7,7 @@ from litgpt.checkpoint.crc import check_crc
 from litgpt.checkpoint.io import load_torch, save_torch
 from litgpt.config import save_config
 from litgpt.model import GPT
+from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
 from litgpt.scripts.convert_pretrained_checkpoint import convert_pretrained_checkpoint
 
 
@@ -68,3 +69,12 @@ def test_full_disk_leaves_no_output_folder(tmp_path, step_dir, monkeypatch):
     ):
         convert_pretrained_checkpoint(step_dir, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_hugging_face_folder_comes_out_under_our_names(tmp_path, step_dir):
+    convert_lit_checkpoint(step_dir, tmp_path / "hf")
+    (tmp_path / "hf" / "model_config.yaml").unlink()
+    convert_pretrained_checkpoint(tmp_path / "hf", tmp_path / "plain")
+    before, after = load_torch(step_dir / "lit_model.pth")["model"], load_torch(tmp_path / "plain" / "lit_model.pth")
+    assert after and all(torch.equal(tensor, before[f"_orig_mod.{name}"]) for name, tensor in after.items())
+    assert (tmp_path / "plain" / "model_config.yaml").is_file()

@@ -12,7 +12,9 @@ from litgpt.checkpoint.tensors import LazyTensor, open_weights, write_safetensor
 from litgpt.checkpoint.torch_file import save_torch
 from litgpt.config import Config, save_config
 from litgpt.model import GPT
-from litgpt.scripts.validate import validate_setup
+from litgpt.scripts.validate import _SENTENCE as SENTENCE
+from litgpt.scripts.validate import format_size, validate_setup
+from litgpt.tokenizer import Tokenizer
 
 SIZES = dict(
     name="tiny", n_layer=2, n_embd=32, n_head=4, n_query_groups=2, block_size=64, vocab_size=300, padded_vocab_size=320,
@@ -172,3 +174,30 @@ def test_command_ends_with_status_1_and_one_line(folder, capsys):
     assert caught.value.code == 1
     error = capsys.readouterr().err
     assert error.startswith("litgpt validate: error: ") and error.count("\n") == 1
+
+
+def test_tokenizer_with_more_tokens_than_the_embedding_fails(folder, capsys):
+    largest = max(Tokenizer(folder).encode(SENTENCE, bos=False, eos=False).tolist())
+    small = GPT(Config(**SIZES | dict(vocab_size=largest, padded_vocab_size=largest)))
+    for path in (*weights_of(folder), *folder.glob("config.json"), *folder.glob("*.index.json")):
+        path.unlink()
+    save_config(small.config, folder)
+    save_torch(small.state_dict(), folder / "lit_model.pth")
+    with pytest.raises(ValueError, match=f"gives the token {largest}, but the model knows only {largest}"):
+        validate_setup(folder, checksums=False)
+    assert lines_of(capsys) | {"checksums": "ok"} == dict.fromkeys(STEPS, "ok") | {"tokenizer": "failed"}
+
+
+def test_index_is_not_counted_as_a_shard(folder, capsys):
+    shards = weights_of(folder)
+    validate_setup(folder)
+    assert f", {len(shards)} file" in capsys.readouterr().out
+    if len(shards) > 1:
+        shards[0].unlink()
+        with pytest.raises(ValueError, match=rf"lacks 1 of {len(shards)} shards"):
+            validate_setup(folder)
+
+
+@pytest.mark.parametrize(("n_bytes", "text"), [(123_456, "0.1 MB"), (999e6, "999.0 MB"), (1234e9, "1,234.00 GB")])
+def test_sizes_say_something_for_small_models_too(n_bytes, text):
+    assert format_size(n_bytes) == text
