@@ -135,7 +135,7 @@ class RehearsedModel(Rehearsal):
             stop = min(start + size, T)
             first = max(0, start - window + 1) if fresh and window else 0
             last = min(S, stop + window - 1) if fresh and window else S
-            last = min(last, -(-stop // 512) * 512) if fresh and c.causal else last
+            last = min(last, stop) if fresh and c.causal else last
             parts = (self.view(z, z.n // S_z * n) for z, S_z, n in (
                 (q, T, stop - start), (k, T, last - first), (v, T, last - first)))  # fmt: skip
             blocks.append(self.kernel(*parts, c, stop - start, last - first, masked=True))
