@@ -22,7 +22,7 @@ COMMANDS = {
         "finetune_lora": ("litgpt.finetune.lora:setup", "finetune with low-rank adapters"),
         "finetune_full": ("litgpt.finetune.full:setup", "finetune all weights"),
         "finetune_adapter": ("litgpt.finetune.adapter:setup", "finetune with adaption prompts"),
-        "finetune_adapter_v2": ("litgpt.finetune.adapter_v2:setup", "finetune with adaption prompts, scales and biases"),
+        "finetune_adapter_v2": ("litgpt.finetune.adapter_v2:setup", "finetune with prompts, scales and biases"),
         "finetune_dpo": ("litgpt.finetune.dpo:setup", "tune on preferences: DPO, IPO, ORPO, SimPO or KTO"),
         "report": ("", "curves and tables of runs"),
     },
