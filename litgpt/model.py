@@ -783,6 +783,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.float() + 1 if self.add_unit_offset else self.weight
+        if torch.compiler.is_compiling():  # it decides what to keep, and fuses the plain formula with its neighbours
+            return (x.float() * torch.rsqrt(x.float().pow(2).mean(self.dim, True) + self.eps) * weight).to(x.dtype)
         return RootMeanSquare.apply(x, weight, self.dim, self.eps)
 
     def reset_parameters(self) -> None:
@@ -794,10 +796,9 @@ class RootMeanSquare(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, dim: int, eps: float) -> Tensor:
-        wide = x.float()
+        ctx.dim, wide = dim, x.float()
         scale = torch.rsqrt(wide.pow(2).mean(dim=dim, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
-        ctx.dim = dim
         return (wide * scale * weight).to(dtype=x.dtype)
 
     @staticmethod
@@ -805,8 +806,7 @@ class RootMeanSquare(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         normed, grad = x.float() * scale, grad.float()
         grad_weight = (grad * normed).flatten(0, -2).sum(dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        grad = grad * weight
-        grad = (grad - normed * (grad * normed).mean(dim=ctx.dim, keepdim=True)) * scale
+        grad = ((grad := grad * weight) - normed * (grad * normed).mean(dim=ctx.dim, keepdim=True)) * scale
         return grad.to(x.dtype), grad_weight, None, None
 
 
